@@ -1,0 +1,43 @@
+"""The examples and assertions of each notebook hold for the exported package, not only for the notebook's own cells.
+
+nbdev-test runs a notebook from top to bottom, so what is tested there is the cell. Here the exported cells are left out and the
+names come from the module: an import that only the notebook has, or a file that behaves otherwise than its cell, is found.
+
+`.ci/run` runs this file with NUMBA_DISABLE_JIT=1. Then Python itself runs the bodies of the compiled functions: an index out of
+bounds is an error instead of a wrong number, the assertions say whether compiled and interpreted code agree (nbdev-test ran the
+compiled), and the coverage table sees inside.
+"""
+
+import importlib
+import os
+import sys
+import warnings
+
+import house
+import pytest
+
+INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT") == "1"
+ONLY_COMPILED = {  # module to what Python does otherwise
+    "compiled": "is about compiling",
+    "exchange.fills": "divides scalars by zero, for which compiled code has inf and Python an exception",
+}
+
+
+def chapters() -> list:
+    "Each notebook that makes a module, with the module's dotted name."
+    claims = house.default_exports(house.ROOT)
+    chosen = (module for module in claims if not (INTERPRETED and module in ONLY_COMPILED))
+    return [pytest.param(claims[module][0], f"{house.PACKAGE}.{module}", id=module) for module in chosen]
+
+
+@pytest.mark.parametrize(("notebook", "module"), chapters())
+def test_package_passes_its_notebook(notebook, module, root, monkeypatch):
+    made = importlib.import_module(module)
+    monkeypatch.chdir((root / notebook).parent)  # as nbdev-test does
+    monkeypatch.setitem(sys.modules, "__main__", made)  # what a notebook patches in `__main__` is patched where it is used
+    namespace = {**vars(made), "__name__": "__main__"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as in a notebook
+        for number, source in house.code_cells(root / notebook):
+            if not house.is_exported(source) and "#| eval: false" not in source:
+                exec(compile(source, f"{notebook}, cell {number}", "exec", dont_inherit=True), namespace)
