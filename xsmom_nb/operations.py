@@ -40,7 +40,7 @@ class RegimeFlip(Section):
     enabled: bool = Field(False, description="apply the exit")
     confirm_bars: Bars = Field(1, description="bars the slope must have pointed the other way")
 
-
+# %% ../nbs/03b_operations.ipynb #cbc399cd
 class NoProgress(Section):
     "Leave a position that goes nowhere."
 
@@ -48,7 +48,7 @@ class NoProgress(Section):
     minutes: int = Field(720, ge=1, le=525_600, description="age from which it must have progressed, minutes")
     min_r: float = Field(0.25, ge=-10, le=100, description="least profit then, multiples of the initial risk R")
 
-
+# %% ../nbs/03b_operations.ipynb #f79b42dc
 class CircuitBreaker(Section):
     "No new entries while the exchange fails."
 
@@ -108,7 +108,7 @@ class DynamicOffset(Section):
     enabled: bool = Field(False, description="apply the rule")
     spread_fraction: float = Field(0.25, ge=-1, le=1, description="distance from the best price, share of the spread")
 
-
+# %% ../nbs/03b_operations.ipynb #ab9c3477
 class Imbalance(Section):
     "Wait while the order book leans against an order."
 
@@ -116,7 +116,7 @@ class Imbalance(Section):
     levels: int = Field(5, ge=1, le=50, description="levels of the book that are counted")
     max_adverse: Fraction = Field(0.8, description="largest share of the book on the adverse side")
 
-
+# %% ../nbs/03b_operations.ipynb #647821b2
 class Execution(Section):
     "How much of a target is traded, and how."
 
@@ -143,7 +143,7 @@ class Costs(Section):
     slippage_bps: float = Field(1.0, ge=0, le=1000, description="slippage of every trade, bps of notional")
     impact_coef: float = Field(0.1, ge=0, le=100, description="impact of trading a whole bar's volume, share of its volatility")
 
-
+# %% ../nbs/03b_operations.ipynb #850eec3a
 class Backtest(Section):
     "How a backtest is run."
 
@@ -156,7 +156,7 @@ class Backtest(Section):
 # %% ../nbs/03b_operations.ipynb #ece48e02
 Policy = Literal["refuse", "report"]  # what a failed check does: stop with an error, or appear in the report
 
-
+# %% ../nbs/03b_operations.ipynb #053bb4d7
 class Quality(Section):
     "What is refused and what is only reported when market data is checked."
 
@@ -203,7 +203,7 @@ class Live(Section):
 # %% ../nbs/03b_operations.ipynb #ee853ad9
 Multipliers = tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]]  # (lowest, highest)
 
-
+# %% ../nbs/03b_operations.ipynb #e584c77c
 class Stress(Section):
     "Resampled histories and dearer markets a candidate is put through."
 
@@ -219,7 +219,7 @@ class Stress(Section):
             if low > high:
                 yield (key,), "the lower multiplier first"
 
-
+# %% ../nbs/03b_operations.ipynb #c6673348
 class Gate(Section):
     "What a candidate must show before it may replace the deployed config."
 
@@ -265,7 +265,7 @@ class Optimizer(Section):
 # %% ../nbs/03b_operations.ipynb #697a013b
 Stage = tuple[Annotated[str, Field(min_length=1, max_length=40)], Fraction, Annotated[int, Field(ge=0, le=8760)]]
 
-
+# %% ../nbs/03b_operations.ipynb #e5513be7
 class Rollout(Section):
     "How a new config takes over, and when it is taken back."
 
@@ -321,7 +321,7 @@ class Runs(Section):
         if self.keep_full_days > self.keep_daily_days:
             yield ("keep_full_days", "keep_daily_days"), "keep_full_days must not exceed keep_daily_days"
 
-
+# %% ../nbs/03b_operations.ipynb #e501e702
 class Route(Section):
     "One way out for messages."
 
@@ -329,7 +329,7 @@ class Route(Section):
     level: Literal["INFO", "WARNING", "ERROR", "CRITICAL"] = Field("INFO", description="least level that is sent")
     events: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="only these events; empty: all")
 
-
+# %% ../nbs/03b_operations.ipynb #842ff291
 class Notify(Section):
     "Who is told what."
 
@@ -342,7 +342,7 @@ class Paths(Section):
     data: str | None = Field(None, min_length=1, description="root folder of the market data; null: it is searched for")
     dataset: str = Field("binance_perp", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="folder of the data set")
 
-
+# %% ../nbs/03b_operations.ipynb #b8236071
 class Logging(Section):
     "What is logged, in which form, and where."
 

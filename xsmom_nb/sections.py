@@ -178,7 +178,7 @@ class RegimeFilter(Section):
     slope_bars: Bars = Field(24, description="bars over which its slope is taken")
     slope_min_bps_per_day: BasisPoints = Field(3.5, description="least slope, bps a day; the median symbol has about 80")
 
-
+# %% ../nbs/03_sections.ipynb #187ca11d
 class AdxFilter(Section):
     "Only symbols whose trend is strong by Wilder's directional index."
 
@@ -195,14 +195,14 @@ class MajorsFilter(Section):
     symbols: tuple[Symbol, ...] = Field(("BTCUSDT", "ETHUSDT"), min_length=1, description="the majors")
     min_bps_per_day: BasisPoints = Field(2.0, description="least mean |slope| over those present, bps a day")
 
-
+# %% ../nbs/03_sections.ipynb #d5fc3733
 class BreadthFilter(Section):
     "No new entries while few symbols have a signal."
 
     enabled: bool = Field(False, description="apply the filter")
     min_fraction: Fraction = Field(0.3, description="least share of the universe with |z| ≥ `strategy.entry_zscore_min`")
 
-
+# %% ../nbs/03_sections.ipynb #2358602e
 class HigherTimeframeFilter(Section):
     "The momentum of a longer bar must point to the side taken."
 
@@ -227,7 +227,7 @@ class SymbolScoreFilter(Section):
         if self.pf_ban > self.pf_threshold:
             yield ("pf_ban", "pf_threshold"), "pf_ban must not exceed pf_threshold"
 
-
+# %% ../nbs/03_sections.ipynb #4d3d7967
 class TimeOfDayFilter(Section):
     "No new entries at bad hours."
 
@@ -236,7 +236,7 @@ class TimeOfDayFilter(Section):
     adaptive: bool = Field(False, description="also find bad hours from the trades of the past")
     min_trades_per_hour: int = Field(20, ge=1, le=100_000, description="closed trades before an hour is judged")
 
-
+# %% ../nbs/03_sections.ipynb #04ed8376
 class MetaFilter(Section):
     "Only entries the meta model believes in."
 
@@ -246,7 +246,7 @@ class MetaFilter(Section):
 # %% ../nbs/03_sections.ipynb #708fcb9a
 FilterName = Literal["regime", "adx", "majors", "breadth", "mtf", "symbol_score", "time_of_day", "meta"]
 
-
+# %% ../nbs/03_sections.ipynb #d68fa3a6
 class Filters(Section):
     "The pipeline between signal and selection."
 
@@ -278,7 +278,7 @@ class Diversify(Section):
     lookback: WindowBars = Field(168, description="window of the correlation, bars")
     max_corr: float = Field(0.9, ge=-1, le=1, description="largest correlation with a name already on that side")
 
-
+# %% ../nbs/03_sections.ipynb #349022b6
 class Clusters(Section):
     "Bound what one group of correlated names may hold."
 
@@ -287,14 +287,14 @@ class Clusters(Section):
     min_corr: float = Field(0.8, ge=-1, le=1, description="correlation from which names form a cluster")
     max_gross: float = Field(0.4, gt=0, le=10, description="largest gross of a cluster, share of equity")
 
-
+# %% ../nbs/03_sections.ipynb #59142a65
 class FundingTilt(Section):
     "Lean against names whose funding is dear."
 
     enabled: bool = Field(False, description="apply the rule")
     tilt: float = Field(0.25, ge=0, le=10, description="z-scores taken off for each z-score of funding")
 
-# %% ../nbs/03_sections.ipynb #349022b6
+# %% ../nbs/03_sections.ipynb #e126ed5f
 class TailLimit(Section):
     "Scale the book down until its historical tail loss is bearable."
 
@@ -303,7 +303,7 @@ class TailLimit(Section):
     level: float = Field(0.95, gt=0.5, lt=1, description="level of the conditional value at risk")
     max_cvar: float = Field(0.02, gt=0, le=1, description="largest expected loss of a bar beyond that level, share of equity")
 
-
+# %% ../nbs/03_sections.ipynb #430f9888
 class Kelly(Section):
     "Size names by the odds of their own closed trades."
 
@@ -350,7 +350,7 @@ class VolTarget(Section):
         if self.min_scale > self.max_scale:
             yield ("min_scale", "max_scale"), "min_scale must not exceed max_scale"
 
-
+# %% ../nbs/03_sections.ipynb #2a6f584c
 class VolRegime(Section):
     "Hold less while the whole market is wild."
 

@@ -96,10 +96,7 @@ def _make_engine(
 
 # %% ../nbs/10_state.ipynb #4236a530
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
-    (
-        "CREATE TABLE chain (root TEXT NOT NULL PRIMARY KEY, run_id TEXT NOT NULL, digest TEXT NOT NULL, "
-        "entry TEXT NOT NULL, length BIGINT NOT NULL)",
-    ),
+    ("CREATE TABLE chain (root TEXT PRIMARY KEY, run_id TEXT, digest TEXT NOT NULL, entry TEXT NOT NULL, length INTEGER)",),
 )
 
 # %% ../nbs/10_state.ipynb #5f7e1fab
@@ -206,7 +203,7 @@ def root_key(
     resolved = root.resolve()
     return str(resolved) if state_folder is None else os.path.relpath(resolved, state_folder)
 
-
+# %% ../nbs/10_state.ipynb #983137ca
 def _text(statement: str) -> Any:
     "An SQL text with named parameters."
     from sqlalchemy import text
@@ -235,7 +232,7 @@ def _locate(
     path = ((base or Path.cwd()) / str(parsed.database)).resolve()
     return parsed.set(database=str(path)).render_as_string(hide_password=False), str(path), path.parent
 
-
+# %% ../nbs/10_state.ipynb #ccd31eab
 def _check_integrity(state: State) -> None:
     "Raise `StateError` when SQLite finds a fault in its file."
     if state.engine.dialect.name == "sqlite":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .attribution import attribute, cost_split
+from .attribution import attribute, cost_split, gross_returns
 from .metrics import drawdowns
 from .vector import BacktestResult
 
@@ -25,11 +25,9 @@ def plot_equity(
     axes: "Axes",
 ) -> None:
     "Equity after costs, and what it would be had the same trades been free."
-    equity, start = result.equity, result.config.backtest.initial_equity
-    base = equity["equity"].shift(1, fill_value=start)
-    costs = (equity["fees"] + equity["slippage"] + equity["funding"]) / base.where(base > 0, np.nan)
-    axes.plot(start * (1 + equity["returns"] + costs.fillna(0.0)).cumprod(), lw=0.9, color="0.6", label="before costs")
-    axes.plot(equity["equity"], lw=1.1, color="C0", label="net")
+    start = result.config.backtest.initial_equity
+    axes.plot(start * (1 + gross_returns(result)).cumprod(), lw=0.9, color="0.6", label="before costs")
+    axes.plot(result.equity["equity"], lw=1.1, color="C0", label="net")
     axes.axhline(start, color="k", lw=0.5, ls=":")
     axes.set(ylabel="USDT", title="Equity")
     axes.legend(loc="upper left", frameon=False)
@@ -96,7 +94,8 @@ def plot_costs(
     "From what the prices gave to what was left, in USDT."
     split = cost_split(result)
     bars = axes.bar(split.index, split, color=["C2" if value >= 0 else "C3" for value in split])
-    axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
     axes.axhline(0, color="k", lw=0.6)
     axes.margins(y=0.15)
     axes.set(ylabel="USDT", title="Where it went")

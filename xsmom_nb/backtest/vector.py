@@ -49,6 +49,7 @@ class BacktestResult:
     metrics: dict[str, Any]  # a flat object of numbers
     config: Config
     window: Window
+    timeframe: str  # of the bars, such as 1h
     origin: str  # where the data came from
 
 # %% ../../nbs/backtest/03_vector.ipynb #b6e57fe8
@@ -109,7 +110,7 @@ def backtest(
         targets=pd.DataFrame(series.targets, index=index, columns=list(seen.symbols)),
         weights=pd.DataFrame(series.weights, index=index, columns=list(seen.symbols)),
         trades=table, metrics=compute_metrics(equity, series.exposure, table, bars_per_year(seen.timeframe)),
-        config=config, window=window, origin=seen.origin)
+        config=config, window=window, timeframe=seen.timeframe, origin=seen.origin)
 
 # %% ../../nbs/backtest/03_vector.ipynb #1a6763ca
 def phase_offsets(

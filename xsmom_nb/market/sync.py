@@ -74,6 +74,8 @@ def read_foreign(
     columns: Sequence[str],  # our names, `timestamp` first
 ) -> pd.DataFrame:  # our columns: datetime64[ms, UTC] and float64, NaT and NaN where unreadable; rows as in the file
     "A file of bars or funding written by others; `DataError` naming the file when it cannot be understood."
+    from pyarrow.csv import ReadOptions, read_csv
+
     try:
         if path.suffix == ".parquet":
             raw = pd.read_parquet(path)
@@ -82,7 +84,7 @@ def read_foreign(
             first = pd.read_csv(path, nrows=1, header=None, dtype=str)
             numeric = pd.to_numeric(first.iloc[0, 1:len(columns)], errors="coerce").notna()
             headless = first.shape[1] >= len(columns) and bool(numeric.all())
-            raw = pd.read_csv(path, header=None if headless else 0, float_precision="round_trip")
+            raw = read_csv(path, ReadOptions(autogenerate_column_names=headless)).to_pandas()
             if headless:
                 raw = raw.iloc[:, :len(columns)].set_axis(list(columns), axis=1)
     except (OSError, ValueError) as error:  # pyarrow's and pandas' parser errors are ValueErrors

@@ -13,15 +13,15 @@ from typing import Any
 
 import yaml
 
-from ..clock import Clock, SystemClock, parse_utc
+from ..clock import DAY_MS, Clock, SystemClock, parse_utc
 from ..errors import RunError, UsageError
 from .chain import KEPT_WHEN_PRUNED, prune_run, run_folders
 from .record import Manifest, is_running, read_manifest
 from ..state import State
 
 # %% auto #0
-__all__ = ['DAY_MS', 'RunLine', 'is_pruned', 'list_runs', 'find_run', 'show_run', 'page_of', 'Change', 'diff_runs', 'Pruned',
-           'prunable', 'prune_runs']
+__all__ = ['RunLine', 'is_pruned', 'list_runs', 'find_run', 'show_run', 'page_of', 'Change', 'diff_runs', 'Pruned', 'prunable',
+           'prune_runs']
 
 # %% ../../nbs/runs/02_browse.ipynb #d3f1cc52
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RunLine:
     error: str | None = None
     path: str = ""  # of its folder
 
-
+# %% ../../nbs/runs/02_browse.ipynb #7e1e6cba
 def _line_of(folder: Path) -> RunLine:
     "The line of one run."
     place: dict[str, Any] = {"run_id": folder.name, "kind": folder.parent.name, "path": str(folder)}
@@ -58,7 +58,7 @@ def _line_of(folder: Path) -> RunLine:
         pruned=is_pruned(folder, manifest),
     )
 
-
+# %% ../../nbs/runs/02_browse.ipynb #5dececf4
 def is_pruned(
     folder: Path,  # of a sealed run
     manifest: Manifest,
@@ -103,7 +103,7 @@ def find_run(
     if fitting:
         shown = ", ".join(folder.name for folder in fitting[-5:])
         raise UsageError(f"run {text!r}: {len(fitting)} runs begin like that, the newest are {shown}; give more of the id")
-    raise UsageError(f"run {text!r}: no run of {root} begins like that; `xsmom runs list` shows them all, the newest is {folders[-1].name}")
+    raise UsageError(f"run {text!r}: no run of {root} begins like that; the newest is {folders[-1].name}, see `xsmom runs list`")
 
 # %% ../../nbs/runs/02_browse.ipynb #70c2c82b
 def show_run(
@@ -119,7 +119,7 @@ def show_run(
     code = {"commit": manifest.git.commit, "dirty": manifest.git.dirty, "patch_bytes": len(manifest.git.patch or "")}
     return {**content, "git": code, "files": kept, "bytes": size, "pruned": is_pruned(folder, manifest), "path": str(folder)}
 
-
+# %% ../../nbs/runs/02_browse.ipynb #33cfd840
 def page_of(
     folder: Path,  # of a run
 ) -> Path:
@@ -140,14 +140,14 @@ class Change:
     before: Any  # None: not there
     after: Any
 
-
+# %% ../../nbs/runs/02_browse.ipynb #dd636c88
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     "Nested mappings as dotted keys."
     if not isinstance(value, Mapping):
         return {prefix: value}
     return {key: leaf for name, item in value.items() for key, leaf in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
 
-
+# %% ../../nbs/runs/02_browse.ipynb #cd630e63
 def _parts_of(folder: Path) -> dict[str, dict[str, Any]]:
     "What two runs are compared by; the config is empty when it was pruned."
     manifest = read_manifest(folder)
@@ -189,9 +189,7 @@ class Pruned:
     kind: str
     bytes: int  # freed
 
-DAY_MS = 86_400_000
-
-
+# %% ../../nbs/runs/02_browse.ipynb #76128680
 def prunable(
     root: Path,  # folder of all runs
     now_ms: int,  # UTC milliseconds since 1970
@@ -226,8 +224,8 @@ def prune_runs(
     pruned = []
     for folder in prunable(root, clock.now_ms(), keep_full_days, keep_daily_days):
         if dry_run:
-            files = read_manifest(folder).files
-            freed = sum(record.size for name, record in files.items() if name not in KEPT_WHEN_PRUNED and (folder / name).exists())
+            files = {name: record for name, record in read_manifest(folder).files.items() if name not in KEPT_WHEN_PRUNED}
+            freed = sum(record.size for name, record in files.items() if (folder / name).exists())
         else:
             freed = prune_run(folder, state=state, clock=clock)
         pruned.append(Pruned(folder.name, folder.parent.name, freed))

@@ -30,8 +30,10 @@ from xsmom_nb.runs.record import (
     RunningMark,
     RunStart,
     Status,
+    event_logger,
     manifest_digest,
     read_manifest,
+    redacted,
     run_files,
     scrub,
     try_lock,
@@ -64,7 +66,7 @@ def entry_digest(
     "The digest that an entry must carry."
     return sha256_bytes(canonical_json({key: value for key, value in content.items() if key != "digest"}))
 
-
+# %% ../../nbs/runs/00b_chain.ipynb #1f794f1a
 def entry_line(
     entry: Entry,
 ) -> bytes:  # canonical JSON, without the newline
@@ -82,7 +84,7 @@ def parse_entry(
         return None
     return entry if entry_line(entry) == line else None
 
-
+# %% ../../nbs/runs/00b_chain.ipynb #20083c57
 def read_chain(
     root: Path,  # folder of all runs
 ) -> tuple[list[bytes], bytes]:  # the complete lines; what follows the last newline, empty unless an append was cut short
@@ -106,7 +108,7 @@ def run_folders(
     kinds = [path for path in root.iterdir() if path.is_dir()]
     return sorted((p for kind in kinds for p in kind.iterdir() if RUN_ID.fullmatch(p.name) and p.is_dir()), key=lambda p: p.name)
 
-
+# %% ../../nbs/runs/00b_chain.ipynb #1084b7d3
 def sealed_content(
     folder: Path,  # of a run
 ) -> dict[str, Any] | None:  # None when there is no manifest, or it does not match its own digest
@@ -185,7 +187,7 @@ def _complete(
     if chain.head == chain.end:
         chain.remember()
 
-
+# %% ../../nbs/runs/00b_chain.ipynb #baa0f8e4
 @contextmanager
 def hold_chain(
     root: Path,  # folder of all runs
@@ -217,14 +219,14 @@ def load_sign_key(
         raise ConfigError(f"runs.sign_key {path}: {expected}, got {type(key).__name__}")
     return key
 
-
+# %% ../../nbs/runs/00b_chain.ipynb #ac659a9f
 def public_key(
     key: Any,  # an Ed25519 private key
 ) -> str:  # 64 hexadecimal digits
     "The public half of a key, by which its signatures are checked."
     return key.public_key().public_bytes_raw().hex()
 
-
+# %% ../../nbs/runs/00b_chain.ipynb #03c92727
 def signature_holds(
     public: str,  # public key, hexadecimal
     digest: str,  # what was signed
@@ -262,7 +264,7 @@ def _describe(
     )
     return manifest.model_dump(mode="json")
 
-
+# %% ../../nbs/runs/00b_chain.ipynb #6f6dc49d
 def _read_object(path: Path) -> dict[str, Any]:
     "The JSON object in a file; empty when the run did not write it or was cut short."
     try:
@@ -271,7 +273,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     return content if isinstance(content, dict) else {}
 
-# %% ../../nbs/runs/00b_chain.ipynb #6f6dc49d
+# %% ../../nbs/runs/00b_chain.ipynb #a3f3ffc0
 def seal(
     run: OpenRun,  # its lock is released here
     status: Status,  # how it ended
@@ -288,9 +290,9 @@ def seal(
     try:
         if leaks := scrub(folder, secrets or {}):
             status = "failed" if status == "done" else status
-            error = "; ".join([*leaks, *([error] if error else [])])
+        error = "; ".join([*leaks, *([redacted(error.encode(), secrets or {}).decode()] if error else [])]) or None
         ended_at = format_utc((clock or SystemClock()).now_ms())
-        run.folder.logger.info("run ended", status=status, error=error)
+        event_logger(folder).info("run ended", status=status, error=error)
         content = _describe(run, status, error, ended_at)
         content["signed_by"] = public_key(sign_key) if sign_key else None
         with hold_chain(root, state) as chain:
@@ -314,14 +316,14 @@ def _mark_of(folder: Path) -> RunningMark | None:
     except (FileNotFoundError, ValidationError):
         return None
 
-
+# %% ../../nbs/runs/00b_chain.ipynb #21e38afa
 def _remove_stale_mark(folder: Path) -> None:
     "Remove the mark of a sealed run whose process died before it could."
     if (lock := try_lock(folder)) is not None:
         (folder / RUNNING).unlink()
         os.close(lock)
 
-
+# %% ../../nbs/runs/00b_chain.ipynb #dde0194e
 def killed_runs(
     root: Path,  # folder of all runs
 ) -> list[OpenRun]:  # each locked by us; the caller must seal them
@@ -342,12 +344,12 @@ def killed_runs(
             taken.append(OpenRun(RunFolder(folder), mark.start if mark else unknown, lock))
     return taken
 
-# %% ../../nbs/runs/00b_chain.ipynb #21e38afa
+# %% ../../nbs/runs/00b_chain.ipynb #78dc369c
 def _last_sign_of_life(folder: Path) -> Clock:
     "A clock that stands at the last time anything was written in a folder."
     return SimulatedClock(int(max(path.stat().st_mtime for path in [folder, *run_files(folder)]) * 1000))
 
-
+# %% ../../nbs/runs/00b_chain.ipynb #ebf9b0e7
 def settle(
     root: Path,  # folder of all runs
     *,

@@ -28,7 +28,7 @@ from .chain import load_sign_key, seal, settle
 from .page import notebook_library, write_page
 from .parameters import check_parameters, find_notebook, parameter_model
 from .provenance import collect_provenance
-from .record import Manifest, OpenRun, Status, begin_run
+from .record import Manifest, OpenRun, Status, begin_run, redacted
 from ..state import State, open_state
 
 # %% auto #0
@@ -95,7 +95,7 @@ def _kernel_manager(
         kernel_name="python3", kernel_spec_manager=RunningInterpreter(), connection_file=str(workshop / "connection.json")
     )
 
-
+# %% ../../nbs/runs/01_execute.ipynb #1957056d
 def _kernel_environment(
     workshop: Path,  # a temporary folder
 ) -> dict[str, str]:
@@ -106,6 +106,7 @@ def _kernel_environment(
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "IPYTHONDIR": str(workshop / "ipython"),
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # a server's `Agg` would leave the plots out
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
 
@@ -118,11 +119,11 @@ class Ending:
     error: str | None = None  # why it did not succeed
     exit_status: int = 0
 
-
+# %% ../../nbs/runs/01_execute.ipynb #adac9adf
 class Interrupted(KeyboardInterrupt):
     "Somebody wants the run to stop: Ctrl-C, a service manager, a terminal that was closed."
 
-
+# %% ../../nbs/runs/01_execute.ipynb #43c5583b
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], None]]:
     "Raise `Interrupted` on the usual signals, until the function that is handed out is called; from then on they wait."
@@ -161,7 +162,7 @@ class _Job:
         "What remains of the time limit, at least a second."
         return max(1, round(self.deadline - time.monotonic()))
 
-
+# %% ../../nbs/runs/01_execute.ipynb #8723500a
 def _position(
     cells: list[Any],  # of a notebook
     index: int,  # of the cell that is about to run
@@ -243,7 +244,7 @@ def _mark_stopped(
         started[-1].outputs.append(nbformat.v4.new_output("error", ename=name, evalue=text, traceback=[f"{name}: {text}"]))
         started[-1].metadata.papermill["status"] = "failed"
 
-
+# %% ../../nbs/runs/01_execute.ipynb #4b50d9e2
 def _reason(error: BaseException) -> tuple[str, str]:
     "Name and text of what stopped a notebook from outside."
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -256,7 +257,7 @@ def _reason(error: BaseException) -> tuple[str, str]:
         return "Interrupted", f"the run was interrupted by {error}"
     return type(error).__name__, str(error)
 
-# %% ../../nbs/runs/01_execute.ipynb #4b50d9e2
+# %% ../../nbs/runs/01_execute.ipynb #d3992611
 def _run_papermill(
     job: _Job,
 ) -> None:
@@ -275,7 +276,7 @@ def _run_papermill(
             source, None, job.parameters, engine_name="xsmom", kernel_name="python3", language="python", progress_bar=False
         )
 
-
+# %% ../../nbs/runs/01_execute.ipynb #47f0af28
 def execute_notebook(
     job: _Job,
 ) -> Ending:
@@ -325,7 +326,7 @@ def find_project(
     start = (start or Path.cwd()).resolve()
     return next((folder for folder in (start, *start.parents) if (folder / "scheduled").is_dir()), start)
 
-
+# %% ../../nbs/runs/01_execute.ipynb #f7a460e7
 def secret_values(
     secrets: Secrets,
 ) -> dict[str, str]:  # plain value by variable name; never print these
@@ -333,7 +334,7 @@ def secret_values(
     found = {name.upper(): getattr(secrets, name) for name in type(secrets).model_fields}
     return {name: secret.get_secret_value() for name, secret in found.items() if secret is not None}
 
-
+# %% ../../nbs/runs/01_execute.ipynb #292e66c0
 def _keep_page(
     folder: Path,  # of a run
 ) -> str | None:  # why there is no page
@@ -346,7 +347,7 @@ def _keep_page(
         return str(error)
     return None
 
-# %% ../../nbs/runs/01_execute.ipynb #f7a460e7
+# %% ../../nbs/runs/01_execute.ipynb #89fca49a
 def _conclude(
     run: OpenRun,
     ending: Ending,
@@ -363,7 +364,7 @@ def _conclude(
     try:
         manifest = seal(run, ending.status, ending.error, state=state, secrets=secrets, sign_key=sign_key, clock=clock)
     except XsmomError as error:
-        why = f"{ending.error}; " if ending.error else ""
+        why = redacted(f"{ending.error}; ".encode(), secrets).decode() if ending.error else ""
         raise RunError(f"{kind} run {folder}: {why}it could not be sealed: {error} (the next run seals what is left)") from error
     ended = Run(folder, manifest)
     if manifest.status != "done":

@@ -42,14 +42,14 @@ def _without_loads(style: str) -> str:
     "A style sheet that loads nothing."
     return _STYLE_LOADS.sub("none", style)
 
-
+# %% ../../nbs/runs/00e_page.ipynb #b7bcf70b
 def _goes_outside(element: str, attribute: str, value: str) -> bool:
     "Whether an attribute makes a browser load something that is not in the page."
     if attribute == "href" and element in ("a", "area"):
         return False
     return attribute == "srcset" or not _INSIDE.match(value)
 
-
+# %% ../../nbs/runs/00e_page.ipynb #69515e9b
 def _close_element(
     element: Any,  # a tag of the parsed page
 ) -> None:
@@ -128,7 +128,7 @@ def render_page(
     text, _ = exporter.from_notebook_node(content, resources={"metadata": {"name": title}})
     return close_page(text)
 
-
+# %% ../../nbs/runs/00e_page.ipynb #61fae0be
 def write_page(
     notebook: Path,  # an executed notebook; the page is written beside it
     title: str,

@@ -48,7 +48,7 @@ def _parameters_source(notebook: Path) -> str:
     tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
     return "".join(tagged[0]["source"]) if tagged else ""
 
-
+# %% ../../nbs/runs/00d_parameters.ipynb #d6f1894b
 def _comments(source: str) -> dict[int, str]:
     "The comment of each line that has one."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -105,7 +105,7 @@ def register_parameters(
     "Check the parameters of a notebook against a model of one's own."
     _registered[name] = model
 
-
+# %% ../../nbs/runs/00d_parameters.ipynb #01e2f6b3
 def parameter_model(
     notebook: Path,
 ) -> tuple[type[BaseModel], frozenset[str]]:  # the model; the reserved names that the notebook declares
@@ -135,7 +135,7 @@ def check_parameters(
         given = f"{place}={first['input']!r}" if place in values else "the parameters together"
         raise UsageError(f"parameter {given} of {name!r}: {first['msg'].removeprefix('Value error, ')}") from error
 
-
+# %% ../../nbs/runs/00d_parameters.ipynb #70d8dfa7
 def _refuse_unknown(name: str, model: type[BaseModel], key: str) -> None:
     "Raise `UsageError` for a parameter the notebook does not have."
     known = sorted(model.model_fields)

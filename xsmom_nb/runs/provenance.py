@@ -100,7 +100,7 @@ def library_versions(
             versions[name] = "not installed"
     return versions
 
-
+# %% ../../nbs/runs/00a_provenance.ipynb #4f9a370a
 def platform_name() -> str:  # as in "Linux-x86_64-glibc2.36"
     "Operating system, processor family and C library."
     return "-".join(part for part in (platform.system(), platform.machine(), "".join(platform.libc_ver())) if part)

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['RUN_ID', 'Status', 'RUNNING', 'Part', 'new_run_id', 'FrozenRecord', 'Git', 'Provenance', 'RunStart', 'FileRecord',
-           'RunLink', 'Manifest', 'manifest_digest', 'read_manifest', 'secrets_in', 'scrub', 'run_files', 'RunFolder',
-           'open_run', 'Process', 'RunningMark', 'OpenRun', 'try_lock', 'is_running', 'begin_run']
+           'RunLink', 'Manifest', 'manifest_digest', 'read_manifest', 'secrets_in', 'redacted', 'scrub', 'run_files',
+           'RunFolder', 'event_logger', 'open_run', 'Process', 'RunningMark', 'OpenRun', 'try_lock', 'is_running',
+           'begin_run']
 
 # %% ../../nbs/runs/00_record.ipynb #92397a34
 RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{6}")
@@ -59,7 +60,7 @@ class FrozenRecord(BaseModel):
     "A part of the manifest: frozen, and no unknown keys."
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-
+# %% ../../nbs/runs/00_record.ipynb #6744c4c0
 class Git(FrozenRecord):
     "The state of the working tree."
 
@@ -68,7 +69,7 @@ class Git(FrozenRecord):
     patch: str | None = None  # those changes, as `git apply` takes them
     patch_note: str | None = None  # why there is no patch although the tree is dirty
 
-
+# %% ../../nbs/runs/00_record.ipynb #990c1aaf
 class Provenance(FrozenRecord):
     "The code, the notebook, the config and the machine behind a run."
 
@@ -82,7 +83,7 @@ class Provenance(FrozenRecord):
     platform: str | None = None
     libraries: dict[str, str] = {}  # name and version of everything the package requires
 
-# %% ../../nbs/runs/00_record.ipynb #6744c4c0
+# %% ../../nbs/runs/00_record.ipynb #4ee171fe
 class RunStart(Provenance):
     "All that is known of a run when it starts."
 
@@ -92,14 +93,14 @@ class RunStart(Provenance):
     parameters: dict[str, Any] = {}
     started_at: str  # ISO 8601, UTC
 
-
+# %% ../../nbs/runs/00_record.ipynb #aff41b17
 class FileRecord(FrozenRecord):
     "What a kept file must be."
 
     sha256: str
     size: int  # bytes
 
-
+# %% ../../nbs/runs/00_record.ipynb #cc271dcc
 class RunLink(FrozenRecord):
     "Another run, named and pinned."
 
@@ -132,7 +133,7 @@ def manifest_digest(
     "The digest that a manifest must carry."
     return sha256_bytes(canonical_json({key: value for key, value in content.items() if key not in ("digest", "signature")}))
 
-
+# %% ../../nbs/runs/00_record.ipynb #ad33cf1e
 def read_manifest(
     folder: Path,  # of a sealed run
 ) -> Manifest:
@@ -155,7 +156,7 @@ def _spellings(value: str) -> set[bytes]:
     escaped = html.escape(value), html.escape(value, quote=False), urllib.parse.quote(value, safe="")
     return {spelling.encode() for spelling in (value, *quoted, *escaped)}
 
-
+# %% ../../nbs/runs/00_record.ipynb #ff581a44
 def secrets_in(
     content: bytes,  # of a file
     secrets: Mapping[str, str],  # value of each secret by its name
@@ -181,8 +182,11 @@ def _searchable(path: Path) -> bytes:
         return content  # torn by a kill; nobody can read it
     return content + "\n".join(str(text) for column in columns for text in {str(v) for v in column}).encode()
 
-
-def _redacted(content: bytes, secrets: Mapping[str, str]) -> bytes:
+# %% ../../nbs/runs/00_record.ipynb #26cbeca9
+def redacted(
+    content: bytes,
+    secrets: Mapping[str, str],  # value of each secret by its name
+) -> bytes:
     "The content with every secret replaced by a mark."
     for name, value in secrets.items():
         if len(value) >= 8:
@@ -190,7 +194,7 @@ def _redacted(content: bytes, secrets: Mapping[str, str]) -> bytes:
                 content = content.replace(spelling, f"[secret {name} removed]".encode())
     return content
 
-# %% ../../nbs/runs/00_record.ipynb #26cbeca9
+# %% ../../nbs/runs/00_record.ipynb #c893c55a
 def scrub(
     folder: Path,  # of a run that is about to be sealed
     secrets: Mapping[str, str],  # value of each secret by its name
@@ -202,16 +206,16 @@ def scrub(
         found = secrets_in(name.encode() + b"\n" + _searchable(path), secrets)
         if not found:
             continue
-        mended = _redacted(path.read_bytes(), secrets)
+        mended = redacted(path.read_bytes(), secrets)
         if path.suffix == ".parquet" or secrets_in(name.encode() + b"\n" + mended, secrets):
             path.unlink()
             leaks.append(f"{name} contained the value of {', '.join(found)} and was removed")
         else:
             write_atomically(path, mended)
             leaks.append(f"{name} contained the value of {', '.join(found)}; the value was cut out")
-    return leaks
+    return [redacted(leak.encode(), secrets).decode() for leak in leaks]
 
-
+# %% ../../nbs/runs/00_record.ipynb #03259b0e
 def run_files(
     folder: Path,  # of a run
 ) -> list[Path]:  # sorted by path
@@ -219,7 +223,7 @@ def run_files(
     own = ("manifest.json", RUNNING)
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in own)
 
-
+# %% ../../nbs/runs/00_record.ipynb #eb4abe7f
 RUNNING = ".running"  # exists while a run is in progress, and is locked by its process
 
 # %% ../../nbs/runs/00_record.ipynb #e97069f5
@@ -245,7 +249,7 @@ class _Folder:
     @cached_property
     def logger(self) -> Any:
         "The structured log of the run: `folder.logger.info(event, key=value)` is a line of events.jsonl."
-        return _event_logger(self.path / "events.jsonl", self.run_id, self.config.logging.level)
+        return event_logger(self.path, self.config.logging.level)
 
     def _target(self, part: str, name: str, suffix: str) -> Path:
         "Path of a result; raises `RunError` for a bad name or a sealed run."
@@ -329,17 +333,16 @@ class _LineLogger:
 
     debug = info = warning = error = critical = exception = msg = log = _append
 
-
-def _event_logger(
-    path: Path,  # events.jsonl
-    run_id: str,  # on every line
-    level: str,  # the least important level that is kept
+# %% ../../nbs/runs/00_record.ipynb #51566a30
+def event_logger(
+    folder: Path,  # of a run
+    level: str = "INFO",  # the least important level that is kept
 ) -> Any:
     "A structlog logger that writes JSON lines."
     import structlog
 
     return structlog.wrap_logger(
-        _LineLogger(path),
+        _LineLogger(folder / "events.jsonl"),
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
@@ -347,7 +350,7 @@ def _event_logger(
             structlog.processors.JSONRenderer(default=str),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level.lower()),
-        run_id=run_id,
+        run_id=folder.name,
     )
 
 # %% ../../nbs/runs/00_record.ipynb #b1a78150
@@ -372,7 +375,7 @@ class Process(FrozenRecord):
     boot_id: str | None  # changes with every boot of the machine
     start_ticks: int | None  # when the process started, in clock ticks since the boot
 
-
+# %% ../../nbs/runs/00_record.ipynb #038744fd
 def _this_process() -> Process:
     "The facts by which this process can be recognised."
     boot, stat = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/stat")
@@ -383,14 +386,14 @@ def _this_process() -> Process:
         start_ticks=int(stat.read_text().rsplit(")", 1)[1].split()[19]) if stat.exists() else None,
     )
 
-# %% ../../nbs/runs/00_record.ipynb #038744fd
+# %% ../../nbs/runs/00_record.ipynb #f2e94b12
 class RunningMark(FrozenRecord):
     "The content of `.running`."
 
     start: RunStart
     process: Process
 
-
+# %% ../../nbs/runs/00_record.ipynb #b07c89b1
 @dataclass
 class OpenRun:
     "A run in progress; whoever holds it must seal it."
@@ -405,7 +408,7 @@ class OpenRun:
             os.close(self.lock)
             self.lock = -1
 
-
+# %% ../../nbs/runs/00_record.ipynb #cb0c4f20
 def try_lock(
     folder: Path,  # of a run
 ) -> int | None:  # an open descriptor that holds the lock, to be closed; None when its process lives or there is no mark
@@ -421,7 +424,7 @@ def try_lock(
         return None
     return descriptor
 
-
+# %% ../../nbs/runs/00_record.ipynb #ee6e715b
 def is_running(
     folder: Path,  # of a run
 ) -> bool:
@@ -446,7 +449,7 @@ def _refuse_secrets(start: RunStart, config_text: str, secrets: Mapping[str, str
                 "Take the value out and leave it in the environment or in .env"
             )
 
-
+# %% ../../nbs/runs/00_record.ipynb #8ea72622
 def begin_run(
     root: Path,  # folder of all runs
     kind: str,  # the scheduled notebook's name
@@ -470,5 +473,6 @@ def begin_run(
         write_atomically(folder.path / RUNNING, mark.model_dump_json())
         lock = try_lock(folder.path)
     assert lock is not None, "nobody else knows the folder yet"
-    folder.logger.info("run started", kind=kind, parameters=dict(parameters))
+    log = event_logger(folder.path, config.logging.level)
+    log.info("run started", kind=kind, parameters=dict(parameters))
     return OpenRun(folder, start, lock)

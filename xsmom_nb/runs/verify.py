@@ -74,7 +74,7 @@ class _Links:
     digests: list[str] = field(default_factory=list)
     last: Entry | None = None  # the last run
 
-
+# %% ../../nbs/runs/00c_verify.ipynb #b1124141
 def _walk(
     lines: list[bytes],  # the complete lines of chain.jsonl
     found: Verification,
@@ -239,7 +239,7 @@ def verify(
         _judge_stranger(folder, has_manifest, found)
     return found
 
-
+# %% ../../nbs/runs/00c_verify.ipynb #1e49c522
 def _judge_stranger(folder: Path, has_manifest: bool, found: Verification) -> None:
     "Say what a folder is that the chain does not know."
     place = f"{folder.parent.name}/{folder.name}"
