@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from xsmom_nb.clock import SimulatedClock, parse_utc
@@ -272,7 +272,7 @@ class Exchange:
         return []
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(
     seed=st.integers(0, 10_000), page=st.integers(4, 40), per_write=st.integers(1, 6),
     holes=st.sets(st.integers(1, 118), max_size=25), lost=st.sets(st.integers(0, 119), max_size=60),
@@ -292,7 +292,7 @@ def test_whatever_was_there_the_download_completes_it(tmp_path_factory, seed, pa
         store.write_bars("BTCUSDT", "1h", kept)
     sync(exchange, store, ["BTCUSDT"], "1h", clock, **options)
     pd.testing.assert_frame_equal(store.read_bars("BTCUSDT", "1h"), whole)
-    assert len(store.read_funding("BTCUSDT")) == 15  # every eight hours
+    assert store.read_funding("BTCUSDT")["timestamp"].astype("int64").tolist() == exchange.times(8 * HOUR)
 
 
 KILLED = """

@@ -50,16 +50,20 @@ def mean_earnings(
     return tables.groupby(level=1, sort=False).mean().rename_axis("period")
 
 # %% ../../nbs/backtest/07_earnings.ipynb #5172cb1d
+def _cell(value: float, form: str) -> str:
+    "A figure in the given form, or a word where there is none."
+    return form.format(value) if value == value else "undefined"
+
+# %% ../../nbs/backtest/07_earnings.ipynb #042b22ab
 def earnings_markdown(
     tables: dict[str, pd.DataFrame],  # by the name of the config
 ) -> str:
     "A markdown table of the earnings of several configs."
     lines = ["| config | period | gross return | net return | gross Sharpe | net Sharpe | deepest fall | turnover a year |",
              "|---|---|---|---|---|---|---|---|"]
+    forms = {"gross_return": "{:+.0%}", "net_return": "{:+.0%}", "gross_sharpe": "{:+.2f}", "net_sharpe": "{:+.2f}",
+             "max_drawdown": "{:.0%}", "turnover_per_year": "{:,.0f}"}
     for name, table in tables.items():
         for period, row in table.iterrows():
-            lines.append(
-                f"| {name} | {period} | {100 * row['gross_return']:+.0f} % | {100 * row['net_return']:+.0f} % | "
-                f"{row['gross_sharpe']:+.2f} | {row['net_sharpe']:+.2f} | {100 * row['max_drawdown']:.0f} % | "
-                f"{row['turnover_per_year']:,.0f} |")
+            lines.append(f"| {name} | {period} | " + " | ".join(_cell(row[key], form) for key, form in forms.items()) + " |")
     return "\n".join(lines)

@@ -206,6 +206,16 @@ def _check_funding(
     return Finding(symbol, "funding", 0, None, "ok", "")
 
 # %% ../../nbs/market/03_quality.ipynb #3a237c7e
+def _last_time(
+    symbol: str,  # whose
+    frame: pd.DataFrame,  # as read from the file
+) -> int:  # newest open time, UTC ms
+    "The newest time of a file; `DataError` when it holds no bars or a time is missing."
+    if frame.empty:
+        raise DataError(f"{symbol}: the file holds no bars; expected at least one; remove it or import the symbol again")
+    return int(times_ms(symbol, frame["timestamp"]).max())
+
+# %% ../../nbs/market/03_quality.ipynb #076ffc98
 def check_store(
     store: Store,  # the dataset
     timeframe: str,  # of the bars; those it would be made from where there are none
@@ -218,13 +228,14 @@ def check_store(
     symbols, funded = store.symbols(source), set(store.symbols("funding"))
     frames: dict[str, pd.DataFrame] = {}
     unreadable: list[Finding] = []
+    newest = 0
     with ThreadPoolExecutor(max_workers=4) as pool:
         for symbol, job in [(symbol, pool.submit(store.read_bars, symbol, source)) for symbol in symbols]:
             try:
+                newest = max(newest, _last_time(symbol, job.result()))
                 frames[symbol] = job.result()
             except DataError as error:
                 unreadable.append(Finding(symbol, "readable", 1, None, "refused", str(error)))
-    newest = max((int(times_ms(s, frame["timestamp"]).max()) for s, frame in frames.items() if len(frame)), default=None)
     findings = [finding for symbol, frame in frames.items() for finding in check_bars(symbol, frame, source, quality, newest)]
     findings += [_check_funding(store, symbol) for symbol in symbols if symbol in funded]
     return QualityReport(

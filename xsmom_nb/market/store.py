@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from xsmom_nb.config import Config
 
 # %% auto #0
-__all__ = ['BAR_COLUMNS', 'FUNDING_COLUMNS', 'KEPT_DAYS', 'Written', 'Store', 'source_timeframe', 'datasets', 'prune_before',
-           'find_data']
+__all__ = ['BAR_COLUMNS', 'FUNDING_COLUMNS', 'KEPT_DAYS', 'Written', 'Store', 'source_timeframe', 'datasets', 'contents',
+           'prune_before', 'find_data']
 
 # %% ../../nbs/market/01_store.ipynb #84e763d4
 BAR_COLUMNS = ("timestamp", *FIELDS)  # of a bar file
@@ -289,6 +289,19 @@ def _nothing_between(
         return UsageError(f"the files of {', '.join(bars)} hold no bars at all; import or synchronise market data")
     held = f"{format_utc(int(min(t.min() for t in times)))} to {format_utc(int(max(t.max() for t in times)))}"
     return UsageError(f"no bars from {asked}; the data holds {held}; choose dates within")
+
+# %% ../../nbs/market/01_store.ipynb #8c250c92
+def contents(
+    store: Store,  # the dataset
+    kind: str,  # a timeframe or `funding`
+) -> pd.DataFrame:  # index symbol; columns rows, first, last (UTC), bytes
+    "Rows, period and size of every file of a kind."
+    rows = {}
+    for symbol in store.symbols(kind):
+        path = store.path(symbol, kind)
+        times = _read(path, ("timestamp",))["timestamp"]
+        rows[symbol] = {"rows": len(times), "first": times.min(), "last": times.max(), "bytes": path.stat().st_size}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["rows", "first", "last", "bytes"]).rename_axis("symbol")
 
 # %% ../../nbs/market/01_store.ipynb #de1f3fea
 KEPT_DAYS = 730  # of history before the newest bar that pruning leaves alone

@@ -192,7 +192,7 @@ def import_file(
             return rows(error=problem)
         written = store.write_funding(symbol, good) if timeframe == "funding" else store.write_bars(symbol, timeframe, good)
         return rows(new=written.new, changed=written.changed)
-    except DataError as error:
+    except (DataError, UsageError) as error:  # a full disk is neither, and stops the import
         return Imported(str(path), symbol, error=str(error))
 
 # %% ../../nbs/market/02_sync.ipynb #d6b331e3

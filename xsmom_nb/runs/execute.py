@@ -258,6 +258,26 @@ def _reason(error: BaseException) -> tuple[str, str]:
     return type(error).__name__, str(error)
 
 # %% ../../nbs/runs/01_execute.ipynb #d3992611
+@contextmanager
+def _closed_loop() -> Iterator[None]:
+    "Close the event loop that Jupyter made for us, silently, unless we are inside somebody else's."
+    import asyncio
+
+    from jupyter_core.utils import ensure_event_loop
+
+    try:
+        yield
+    finally:
+        if asyncio._get_running_loop() is None:
+            loop = ensure_event_loop()
+            loop.set_exception_handler(lambda loop, context: None)
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+            loop.run_until_complete(asyncio.sleep(0))
+            loop.close()
+            asyncio.set_event_loop(None)
+
+# %% ../../nbs/runs/01_execute.ipynb #576ea7a8
 def _run_papermill(
     job: _Job,
 ) -> None:
@@ -269,7 +289,7 @@ def _run_papermill(
     from papermill.engines import papermill_engines
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns about parameters that we have checked ourselves
-    with tempfile.TemporaryDirectory(prefix="xsmom-kernel-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="xsmom-kernel-", ignore_cleanup_errors=True) as folder, _closed_loop():
         papermill_engines.register("xsmom", _papermill_engine(job, Path(folder)))
         source = str(job.notebook).replace("{", "{{").replace("}", "}}")  # papermill formats the path
         papermill.execute_notebook(
