@@ -68,7 +68,8 @@ def test_the_future_changes_no_earlier_row(real_panel, present, share, how, seed
     cut = int(share * real_panel.shape[0])
     other = with_future(real_panel, cut, how, seed)
     for name, stage in STAGES.items():
-        np.testing.assert_array_equal(stage(other)[: cut + 1], present[name][: cut + 1], err_msg=f"{name} after {how} at row {cut}")
+        told = f"{name} after {how} at row {cut}"
+        np.testing.assert_array_equal(stage(other)[: cut + 1], present[name][: cut + 1], err_msg=told)
 
 
 @pytest.mark.parametrize("what", MEMORIES)

@@ -89,6 +89,8 @@ def config():
 def project(tmp_path, monkeypatch):
     "A project with one notebook that works, in a home that was never used."
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))  # a process that is killed leaves its kernel's folder there
+    (tmp_path / "tmp").mkdir()
     add_notebook(tmp_path / "project", "work", PARAMETERS, WORKING)
     return tmp_path / "project"
 
@@ -428,7 +430,7 @@ def test_a_full_disk_at_any_moment_leaves_nothing_half_written(project, state, q
     settle(root, state=state)
     assert not problems(project, state)
     statuses = [line.status for line in list_runs(root)]
-    assert set(statuses) == {"aborted", "done"}
+    assert set(statuses) == {"aborted", "done"}, "a run that could not begin left nothing"
 
 
 def test_a_disk_that_fills_up_while_the_notebook_runs(project, state, config, monkeypatch):

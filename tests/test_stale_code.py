@@ -17,8 +17,9 @@ print(repr(float(backtest(synthetic_panel(seed=1, bars=600, symbols=8), Config()
 
 def final_equity(folder: Path) -> float:
     "Run the copy of the package in `folder`, with its cache beside it."
-    environment = {**os.environ, "PYTHONPATH": str(folder), "XSMOM_CACHE_DIR": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    own = {"PYTHONPATH": str(folder), "XSMOM_CACHE_DIR": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env={**os.environ, **own}, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from xsmom_nb.market.sync import Imported
 
 # %% auto #0
-__all__ = ['app', 'SYNTHETIC_NOTICE', 'import_target', 'import_data', 'quality_report', 'verdict_of', 'report_as_json',
-           'print_report', 'check_data', 'list_datasets', 'list_data']
+__all__ = ['app', 'SYNTHETIC_NOTICE', 'import_target', 'import_data', 'quality_report', 'verdict_of', 'checks_of',
+           'report_as_json', 'print_report', 'check_data', 'list_datasets', 'list_data']
 
 # %% ../nbs/92_cli_data.ipynb #88778d5b
 app = new_app("Market data: bring it in, check it, show it.")
@@ -61,6 +61,15 @@ def _fate(
     left_out = "".join(f"; {reason}: {count}" for reason, count in imported.refused_rows.items())
     return f"{imported.new:,} new bars, {imported.changed:,} changed, of {imported.rows:,} rows{left_out}"
 
+
+def _tell(imported: Imported) -> None:
+    "Write a line about a file as soon as it is done."
+    typer.echo(f"{imported.symbol}: {_fate(imported)}")
+
+
+def _ignore(imported: Imported) -> None:
+    "Keep quiet about a file."
+
 # %% ../nbs/92_cli_data.ipynb #642dd6d9
 @app.command(
     "import",
@@ -86,7 +95,7 @@ def import_data(
     effective = effective_config(config, settings)
     store = import_target(effective, data, dataset)
     kind = timeframe or effective.exchange.timeframe
-    files = import_folder(source, store, kind, overwrite, lambda file: None if as_json else typer.echo(f"{file.symbol}: {_fate(file)}"))
+    files = import_folder(source, store, kind, overwrite, _ignore if as_json else _tell)
     if as_json:
         print_json({"path": store.root / store.dataset / kind, "files": [vars(file) for file in files]})
     else:
@@ -131,16 +140,24 @@ def verdict_of(report: QualityReport) -> str:
     return next((verdict for verdict in ("refused", "reported") if verdict in found), "ok")
 
 
+def checks_of(
+    report: QualityReport,
+) -> list[dict[str, Any]]:  # check, verdict, symbols, bars, first (ISO 8601 or None), most_in, detail
+    "One object a check, for machines and for the table."
+    table = report.by_check()
+    first = {name: f"{moment:%Y-%m-%dT%H:%M:%SZ}" for name, moment in table["first"].dropna().items()}
+    rows: list[dict[Any, Any]] = table.reset_index().to_dict("records")
+    return [{**row, "first": first.get(row["check"])} for row in rows]
+
+
 def report_as_json(
     report: QualityReport,
 ) -> dict[str, Any]:
     "A report for machines; of the findings those that are not in order."
-    checks = [{"check": name, **row} for name, row in report.by_check().to_dict("index").items()]
     return {
         "dataset": report.dataset, "timeframe": report.timeframe, "synthetic": report.dataset.startswith("synthetic"),
         "verdict": verdict_of(report), "bars": report.bars, "symbols": report.symbols, "without_funding": report.without_funding,
-        "checks": [{**check, "first": None if check["first"] != check["first"] else check["first"].isoformat()} for check in checks],
-        "findings": [vars(finding) for finding in report.findings if finding.verdict != "ok"],
+        "checks": checks_of(report), "findings": [vars(finding) for finding in report.findings if finding.verdict != "ok"],
     }
 
 # %% ../nbs/92_cli_data.ipynb #8de26c7b
@@ -150,22 +167,23 @@ def print_report(
 ) -> None:
     "Write a report as a table, with what a reader must know about it."
     if by_symbol:
-        findings = report.frame().query("verdict != 'ok'")
-        rows = [[f.symbol, f.check, f.verdict, f"{f.count:,}", _minute(f.first), f.detail] for f in findings.itertuples()]
+        wrong = [finding for finding in report.findings if finding.verdict != "ok"]
+        rows = [[f.symbol, f.check, f.verdict, f"{f.count:,}", _minute(f.first_ms), f.detail] for f in wrong]
         print_table(["symbol", "check", "verdict", "bars", "first", "detail"], rows)
     else:
-        checks = report.by_check()
-        rows = [[str(name), c["verdict"], str(c["symbols"]), f"{c['bars']:,}", _minute(c["first"]), c["most_in"], c["detail"]]
-                for name, c in checks.iterrows()]
-        print_table(["check", "verdict", "symbols", "bars", "first", "most in", "there"], rows)
+        print_table(["check", "verdict", "symbols", "bars", "first", "most in", "there"], [
+            [each["check"], each["verdict"], str(each["symbols"]), f"{each['bars']:,}", each["first"] or "", each["most_in"],
+             each["detail"]] for each in checks_of(report)])
     typer.echo(report.summary())
     if report.dataset.startswith("synthetic"):
         warn(SYNTHETIC_NOTICE)
 
 
-def _minute(moment: Any) -> str:
-    "A pandas time as people read it, empty when there is none."
-    return "" if moment != moment else f"{moment:%Y-%m-%d %H:%M}"
+def _minute(time_ms: int | None) -> str:
+    "A time as people read it, empty when there is none."
+    from xsmom_nb.clock import format_utc
+
+    return "" if time_ms is None else format_utc(time_ms)
 
 # %% ../nbs/92_cli_data.ipynb #3682869f
 @app.command(
@@ -219,7 +237,12 @@ def list_datasets(
 
 # %% ../nbs/92_cli_data.ipynb #befb43ab
 @app.command("list", epilog=examples("xsmom data list", "xsmom data list --data ~/bars --json"))
-def list_data(config: ConfigOption = None, settings: SetOption = None, data: DataOption = None, as_json: JsonOption = False) -> None:
+def list_data(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
     "Show the datasets of the data folder: timeframes, symbols, range."
     from xsmom_nb.market.store import find_data
 
@@ -234,4 +257,4 @@ def list_data(config: ConfigOption = None, settings: SetOption = None, data: Dat
     rows = [[each["dataset"], each["timeframe"], str(len(each["symbols"])), each["first"] or "-", each["last"] or "-",
              str(each["with_funding"]), f"{each['bytes'] / 1e6:.1f}"] for each in found]
     print_table(["dataset", "timeframe", "symbols", "first bar", "last bar", "with funding", "MB"], rows)
-    typer.echo(f"in {root}" if root else "no data folder was found; commands use the synthetic market until you name one with --data")
+    typer.echo(f"in {root}" if root else "no data folder was found; without one (--data) commands use the synthetic market")

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import Any
 
 import typer
@@ -47,7 +48,7 @@ def new_app(
 ) -> typer.Typer:
     "A group of commands with the project's manners; called without a command it shows its help."
     return typer.Typer(
-        help=text, cls=ErrorBoundary, no_args_is_help=True, pretty_exceptions_enable=False,
+        help=text, cls=ErrorBoundary, callback=lambda: None, no_args_is_help=True, pretty_exceptions_enable=False,
         rich_markup_mode="rich" if is_terminal() else None, **{"add_completion": False, **settings},
     )
 
@@ -59,11 +60,20 @@ def examples(
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
 
 # %% ../nbs/90_console.ipynb #ddb7ab04
+def _plain(value: Any) -> Any:
+    "What `json` cannot write by itself: numpy's numbers as numbers, paths as text; raises `TypeError` for anything else."
+    if hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} has no JSON form: {value!r}")
+
+
 def print_json(
-    value: Any,  # made of dicts, lists, strings, numbers; paths and times become text
+    value: Any,  # made of dicts, lists, strings, numbers, paths
 ) -> None:
     "Write one JSON value to standard output; raises `ValueError` for NaN and infinity."
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain))
 
 # %% ../nbs/90_console.ipynb #7eeb5e8d
 SHARES = ("total_return", "cagr", "annualized_volatility", "max_drawdown", "exposure", "hit_rate")  # written as percentages

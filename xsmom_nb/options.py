@@ -157,7 +157,7 @@ def bar_calendar(
     import numpy as np
 
     from xsmom_nb.clock import timeframe_ms
-    from xsmom_nb.market.panel import FIELDS, Panel, resample
+    from xsmom_nb.market.panel import Panel, resample
     from xsmom_nb.market.store import source_timeframe
     from xsmom_nb.market.synthetic import synthetic_panel
 
@@ -171,5 +171,6 @@ def bar_calendar(
     step = timeframe_ms(source)
     opens = np.arange(min(span.first_ms for span in spans) // step * step, max(span.last_ms for span in spans) + 1, step)
     missing = np.full((len(opens), 1), np.nan)
-    bars = Panel(("ANY",), opens, *(missing for _ in FIELDS), np.zeros_like(missing), source, store.dataset)  # type: ignore[misc]
+    nothing = np.zeros_like(missing)
+    bars = Panel(("ANY",), opens, missing, missing, missing, missing, missing, nothing, source, origin=store.dataset)
     return resample(bars, timeframe)

@@ -33,7 +33,8 @@ _LOCKED = (
 )
 _UNWRITABLE = ("cannot be opened or written", "check that folder and file exist and belong to this user")
 _TROUBLES = {
-    5: _LOCKED, 6: _LOCKED, 8: _UNWRITABLE, 10: _DAMAGED, 11: _DAMAGED,
+    5: _LOCKED, 6: _LOCKED, 8: _UNWRITABLE, 11: _DAMAGED,
+    10: ("cannot be read or written", "the disk is full or failing: look at `df` and at the system's log, then repeat"),
     13: ("cannot grow, the disk is full", "free some space and repeat; the last complete step is unchanged"),
     14: _UNWRITABLE, 26: _DAMAGED,
 }

@@ -6,7 +6,6 @@
 __all__ = ['CAUSES', 'attribute', 'cost_split', 'gross_returns']
 
 # %% ../../nbs/backtest/04_attribution.ipynb #bc6f78a5
-import numpy as np
 import pandas as pd
 
 from .vector import BacktestResult
@@ -16,8 +15,8 @@ CAUSES = ("price", "fees", "slippage", "funding")
 
 def attribute(
     result: BacktestResult,
-) -> pd.DataFrame:  # a row a traded symbol, best first: trades, price, fees, slippage, funding, pnl (USDT; costs above 0 are paid)
-    "Profit and its causes by symbol; `price − fees − slippage − funding = pnl`, and the sum of `pnl` is the profit of the account."
+) -> pd.DataFrame:  # a row a traded symbol, best first; trades, then price, fees, slippage, funding, pnl in USDT
+    "Profit and its causes by symbol: `price − fees − slippage − funding = pnl`; the sum of `pnl` is the account's profit."
     trades = result.trades.assign(price=lambda each: each["pnl"] + each["fees"] + each["slippage"] + each["funding"])
     groups = trades.groupby("symbol", sort=True)
     table = groups[[*CAUSES, "pnl"]].sum()

@@ -37,7 +37,8 @@ def path_earnings(
     "The earnings of one backtest, by calendar year."
     bars = result.equity.assign(gross=gross_returns(result))
     year = bars_per_year(result.timeframe)
-    periods = [*((str(name), rows) for name, rows in bars.groupby(bars.index.year)), ("all", bars)]
+    years = bars.groupby(pd.DatetimeIndex(bars.index).year)
+    periods = [*((str(name), rows) for name, rows in years), ("all", bars)]
     return pd.DataFrame(
         {name: period_earnings(rows["gross"], rows["returns"], rows["turnover"], year) for name, rows in periods}, dtype=float).T
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SIDE', 'ENTRY_ROW', 'EXIT_ROW', 'SYMBOL', 'REASON', 'BOUGHT', 'SOLD', 'PAID_IN', 'PAID_OUT', 'FEES', 'SLIPPAGE',
            'FUNDING', 'TRADE_FIELDS', 'EXIT_REASONS', 'OPEN', 'REBALANCE', 'DELISTED', 'RUIN', 'Rules', 'trading_rules',
-           'Book', 'empty_book', 'mark_row', 'record_fill', 'wanted_share', 'trade_row', 'Series', 'run_kernel']
+           'Book', 'empty_book', 'mark_row', 'record_fill', 'wanted_share', 'trade_row', 'Series', 'empty_series',
+           'run_kernel']
 
 # %% ../../nbs/backtest/00_kernel.ipynb #c943f28b
 from typing import NamedTuple
@@ -206,6 +207,16 @@ class Series(NamedTuple):
     targets: np.ndarray  # the core's weights
     weights: np.ndarray  # shares held after the bar
 
+# %% ../../nbs/backtest/00_kernel.ipynb #2ea7e026
+def empty_series(
+    rows: int,  # bars that are kept
+    matrix_rows: int,  # the same, or 0 where targets and weights are not wanted
+    n: int,  # symbols
+) -> Series:
+    "Zeros to be written by the kernel."
+    bars = [np.zeros(rows) for _ in range(6)]
+    return Series(bars[0], bars[1], bars[2], bars[3], bars[4], bars[5], np.zeros((matrix_rows, n)), np.zeros((matrix_rows, n)))
+
 # %% ../../nbs/backtest/00_kernel.ipynb #e131494e
 @njit
 def _room_for(closed: np.ndarray, needed: int) -> np.ndarray:
@@ -278,7 +289,8 @@ def run_kernel(
             if rebalancing or series.targets.shape[0] > 0:
                 may_enter = core_row(market, parameters, memory, t, targets)
             series.turnover[row], series.fees[row], series.slippage[row], count = trade_row(
-                t, market.close[t], volume[t], memory.volatility, targets, rebalancing, may_enter, equity, rules, book, closed, count)
+                t, market.close[t], volume[t], memory.volatility, targets, rebalancing, may_enter, equity, rules, book, closed,
+                count)
             equity = _pay(series.fees[row] + series.slippage[row], equity, book)
         if not equity > 0.0:
             return closed[: _settle_open_trades(book, 0.0, closed, count, t, RUIN)]

@@ -59,13 +59,12 @@ def return_metrics(
     depth, length = longest_fall(drawdowns(growth, 1.0))
     mean, year = float(returns.mean()) if returns.size else 0.0, float(np.sqrt(bars_per_year))
     high, low = (float(np.percentile(returns, q)) if returns.size else 0.0 for q in (95, 5))
-    moments = pd.Series(returns)
+    skewness, kurtosis = (float(moment) for moment in pd.Series(returns).agg(["skew", "kurt"]))
     return {
         "total_return": final - 1.0, "cagr": cagr, "annualized_volatility": deviation * year,
         "sharpe": ratio(mean * year, deviation), "sortino": ratio(mean * year, downside), "calmar": ratio(cagr, depth),
         "max_drawdown": depth, "max_drawdown_bars": length,
-        "skewness": ratio(float(moments.skew()), 1.0) if deviation else None,
-        "kurtosis": ratio(float(moments.kurt()), 1.0) if deviation else None,
+        "skewness": ratio(skewness, 1.0) if deviation else None, "kurtosis": ratio(kurtosis, 1.0) if deviation else None,
         "tail_ratio": ratio(abs(high), abs(low)),
     }
 

@@ -47,7 +47,8 @@ def monthly_returns(
     result: BacktestResult,
 ) -> pd.DataFrame:  # a row a year, columns 1 … 12, fractions, NaN where there are no bars
     "Compounded net return of each calendar month (UTC)."
-    growth = (1 + result.equity["returns"]).groupby([result.equity.index.year, result.equity.index.month]).prod() - 1
+    index = pd.DatetimeIndex(result.equity.index)
+    growth = (1 + result.equity["returns"]).groupby([index.year, index.month]).prod() - 1
     return growth.unstack().reindex(columns=range(1, 13)).rename_axis(index="year", columns="month")
 
 # %% ../../nbs/backtest/05_plots.ipynb #739699be
@@ -59,9 +60,11 @@ def plot_months(
     table = 100 * monthly_returns(result)
     limit = max(float(np.nanmax(np.abs(table.to_numpy()))), 1e-9)
     axes.imshow(table, cmap="RdYlGn", vmin=-limit, vmax=limit, aspect="auto")
-    for row, column in np.argwhere(np.isfinite(table.to_numpy())):
-        axes.text(column, row, f"{table.iat[row, column]:.1f}", ha="center", va="center", fontsize=8)
-    axes.set(xticks=range(12), xticklabels=range(1, 13), yticks=range(len(table)), yticklabels=table.index, title="Monthly return, %")
+    for (row, column), value in np.ndenumerate(table.to_numpy()):
+        if np.isfinite(value):
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8)
+    axes.set(xticks=range(12), xticklabels=range(1, 13), yticks=range(len(table)), yticklabels=table.index)
+    axes.set_title("Monthly return, %")
 
 # %% ../../nbs/backtest/05_plots.ipynb #fcfe0861
 def plot_exposure(

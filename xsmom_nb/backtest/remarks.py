@@ -16,12 +16,13 @@ def data_remarks(
     "What limits every figure computed from this panel."
     remarks = []
     if panel.is_synthetic:
-        remarks.append(f"The prices are {panel.origin}: made by a random generator. Nothing here says anything about a real market.")
+        remarks.append(f"The prices are {panel.origin}: made by a random generator. They say nothing about a real market.")
     if panel.without_funding:
         names = ", ".join(panel.without_funding)
-        remarks.append(f"{len(panel.without_funding)} of {panel.shape[1]} symbols have no funding data and are counted as 0: {names}.")
+        count = f"{len(panel.without_funding)} of {panel.shape[1]}"
+        remarks.append(f"{count} symbols have no funding data; theirs is counted as 0: {names}.")
     if panel.shape[1] < 3:
-        remarks.append(f"{panel.shape[1]} symbols are no cross-section: with fewer than 3 every score is 0 and the book stays flat.")
+        remarks.append(f"{panel.shape[1]} symbols are no cross-section: below 3 every score is 0 and the book stays flat.")
     return remarks
 
 # %% ../../nbs/backtest/06_remarks.ipynb #e6194572
@@ -31,12 +32,13 @@ def result_remarks(
     "What limits the figures of this backtest."
     remarks, equity = [], result.equity["equity"]
     if result.window.holdout:
-        remarks.append("This backtest looked at the holdout. The look is recorded in the manifest; the next one will be worth less.")
+        remarks.append("This backtest looked at the holdout. The manifest records it; the next look will be worth less.")
     if (equity <= 0.0).any():
-        remarks.append(f"The account was lost on {equity.index[int((equity <= 0.0).argmax())]:%Y-%m-%d %H:%M} UTC; nothing was traded afterwards.")
+        lost = equity.index[int((equity <= 0.0).argmax())]
+        remarks.append(f"The account was lost on {lost:%Y-%m-%d %H:%M} UTC; nothing was traded afterwards.")
     if result.trades.empty:
-        remarks.append("Nothing was traded: no symbol passed the universe, the filters and the selection at any rebalance.")
+        remarks.append("Nothing was traded: no symbol ever passed the universe, the filters and the selection.")
     every = result.config.strategy.rebalance_every_bars
     if every > 1:
-        remarks.append(f"One of {every} possible rebalance phases is shown. Which one is luck; compare strategies by the mean over phases.")
+        remarks.append(f"One of {every} rebalance phases is shown. Which one is luck; compare by the mean over phases.")
     return remarks

@@ -27,6 +27,7 @@ from xsmom_nb.backtest.kernel import (
     SYMBOL,
     Series,
     empty_book,
+    empty_series,
     run_kernel,
     trading_rules,
 )
@@ -79,7 +80,7 @@ def trade_frame(
 def _kernel_run(panel: Panel, config: Config, first_row: int, matrices: bool) -> tuple[Series, np.ndarray]:
     rows, n = panel.shape[0] - first_row, panel.shape[1]
     wanted = rows if matrices else 0
-    series = Series(*(np.zeros(rows) for _ in range(6)), np.zeros((wanted, n)), np.zeros((wanted, n)))
+    series = empty_series(rows, wanted, n)
     market, parameters = prepare(panel, config), core_parameters(config, panel.timeframe)
     trades = run_kernel(
         market, panel.volume, panel.funding, parameters, trading_rules(config), fresh_memory(market, parameters), empty_book(n),

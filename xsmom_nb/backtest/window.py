@@ -57,7 +57,8 @@ def decision_window(
         begin = format_utc(int(opens[0]) if start_ms is None else start_ms)
         raise UsageError(
             f"no bar between {begin} and {format_utc(end_ms)}: the data of {panel.origin} holds {format_utc(int(opens[0]))} to "
-            f"{format_utc(int(opens[-1]))}, the holdout begins at {format_utc(boundary)}; choose --start and --end inside, or add --holdout")
+            f"{format_utc(int(opens[-1]))}, the holdout begins at {format_utc(boundary)}; choose --start and --end inside, "
+            "or add --holdout")
     reaches = int(opens[last_row]) >= boundary
     if reaches and not holdout:
         raise RefusedError(

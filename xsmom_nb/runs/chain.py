@@ -328,13 +328,13 @@ def killed_runs(
     root: Path,  # folder of all runs
 ) -> list[OpenRun]:  # each locked by us; the caller must seal them
     "Take over the runs whose process is gone."
-    chained = {entry.run_id for entry in map(parse_entry, read_chain(root)[0]) if entry is not None}
+    sealed = {folder: (folder / "manifest.json").exists() for folder in run_folders(root)}
+    for folder in (folder for folder in sealed if sealed[folder]):
+        _remove_stale_mark(folder)
+    chain = [] if all(sealed.values()) else read_chain(root)[0]
+    chained = {entry.run_id for entry in map(parse_entry, chain) if entry is not None}
     taken = []
-    for folder in run_folders(root):
-        if (folder / "manifest.json").exists():
-            _remove_stale_mark(folder)
-        if folder.name in chained or (folder / "manifest.json").exists():
-            continue
+    for folder in (folder for folder in sealed if not sealed[folder] and folder.name not in chained):
         if not (folder / RUNNING).exists():
             (folder / RUNNING).touch()
         if (lock := try_lock(folder)) is not None:
@@ -358,7 +358,7 @@ def settle(
     sign_key: Any = None,  # an Ed25519 private key, if manifests are signed
     before_seal: Callable[[Path], str | None] | None = None,  # completes a folder; returns what went wrong with it
 ) -> list[Manifest]:  # of the runs that were sealed here
-    "Seal every run whose process is gone as aborted, and complete the chain; what each start does first."
+    "Seal every run whose process is gone as aborted; what each start does first."
     if not root.is_dir():
         return []
     with locked(root / "chain.jsonl"):
@@ -372,8 +372,7 @@ def settle(
         if before_seal and (trouble := before_seal(run.folder.path)):
             error = f"{error}; {trouble}"
         sealed.append(seal(run, "aborted", error, state=state, secrets=secrets, sign_key=sign_key, clock=clock))
-    with hold_chain(root, state):
-        return sealed
+    return sealed
 
 # %% ../../nbs/runs/00b_chain.ipynb #2ef238a4
 KEPT_WHEN_PRUNED = ("outputs/decision.json",)

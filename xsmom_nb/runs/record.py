@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import secrets as randomness
+import shutil
 import tempfile
 import urllib.parse
 from collections.abc import Iterable, Mapping
@@ -467,12 +468,15 @@ def begin_run(
     folder = RunFolder(root.resolve() / kind / start.run_id)
     make_folder(root)
     with locked(root / "chain.jsonl"):
-        make_folder(folder.path)
-        write_atomically(folder.path / "config.yaml", config_text)
-        mark = RunningMark(start=start, process=_this_process())
-        write_atomically(folder.path / RUNNING, mark.model_dump_json())
+        try:
+            make_folder(folder.path)
+            write_atomically(folder.path / "config.yaml", config_text)
+            mark = RunningMark(start=start, process=_this_process())
+            write_atomically(folder.path / RUNNING, mark.model_dump_json())
+            event_logger(folder.path, config.logging.level).info("run started", kind=kind, parameters=dict(parameters))
+        except BaseException:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
         lock = try_lock(folder.path)
     assert lock is not None, "nobody else knows the folder yet"
-    log = event_logger(folder.path, config.logging.level)
-    log.info("run started", kind=kind, parameters=dict(parameters))
     return OpenRun(folder, start, lock)

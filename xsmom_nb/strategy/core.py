@@ -107,7 +107,7 @@ def core_parameters(
 ) -> Parameters:
     "The numbers of a config that the core reads."
     strategy, target, universe = config.strategy, config.vol_target, config.universe
-    lookbacks = np.array(strategy.lookbacks, dtype=np.int64)
+    lookbacks: np.ndarray = np.array(strategy.lookbacks, dtype=np.int64)
     lookback_weights = np.array(strategy.lookback_weights, dtype=np.float64)
     lookback_weights /= lookback_weights.sum()
     return Parameters(
@@ -202,7 +202,8 @@ def weigh_row(
     "Signed weights of the chosen names, in `memory.book`."
     names, book = memory.names[: longs + shorts], memory.book[: longs + shorts]
     long_side, short_side = book[:longs], book[longs:]
-    raw_weights(names, memory.z, memory.volatility, memory.permissions.multiplier, parameters.weighting, parameters.signal_power, book)
+    raw_weights(
+        names, memory.z, memory.volatility, memory.permissions.multiplier, parameters.weighting, parameters.signal_power, book)
     if parameters.market_neutral:
         scale_side(long_side, long_side.sum(), parameters.gross_leverage / 2.0)
         scale_side(short_side, short_side.sum(), parameters.gross_leverage / 2.0)
@@ -278,5 +279,6 @@ def history_bars(
     if config.live.history_bars != "auto":
         return int(config.live.history_bars)
     strategy = config.strategy
-    averages = max([12 * config.filters.regime.ema_len, *(REGISTRY[kind].history_bars(config) for kind in enabled_filters(config))])
+    needed = [REGISTRY[kind].history_bars(config) for kind in enabled_filters(config)]
+    averages = max(12 * config.filters.regime.ema_len, *needed, 0)
     return max(averages + max(strategy.lookbacks) + strategy.vol_lookback + 100, config.vol_target.lookback_bars)

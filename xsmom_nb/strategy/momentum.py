@@ -96,7 +96,7 @@ def zscore_row(
     for i in range(values.size):
         if members[i]:
             squares += (values[i] - mean) ** 2
-    deviation = np.sqrt(squares / count)
+    deviation = float(np.sqrt(squares / count))
     if deviation >= 1e-12:
         for i in range(values.size):
             if members[i]:
@@ -110,7 +110,7 @@ def signal_strength(
     signal_power: float,  # above 0; 1 keeps the score as it is
 ) -> float:
     "The z-score raised to a power, its sign kept."
-    return np.sign(z) * np.abs(z) ** signal_power
+    return float(np.sign(z) * np.abs(z) ** signal_power)
 
 # %% ../../nbs/strategy/01_momentum.ipynb #4edf03b5
 @njit
@@ -157,4 +157,4 @@ def momentum_dispersion(
             total += spread[tau]
     if count == 0 or total <= 0.0:
         return 1.0
-    return deviation / (np.sqrt(total / count) * random_walk_factor)
+    return float(deviation / (np.sqrt(total / count) * random_walk_factor))

@@ -104,7 +104,7 @@ def book_volatility(
     squares = 0.0
     for step in range(lookback):
         squares += (scratch[step] - mean) ** 2
-    return np.sqrt(squares / (lookback - 1.0))
+    return float(np.sqrt(squares / (lookback - 1.0)))
 
 # %% ../../nbs/strategy/04_sizing.ipynb #c96bc239
 @njit
