@@ -13,6 +13,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from xsmom_nb import files
 from xsmom_nb.config import load_config, with_values
@@ -359,7 +361,8 @@ def test_the_project_can_be_moved(project, state, quick_run):
 def test_signatures(project, state, quick_run, tmp_path):
     keys = []
     for name in ("a.pem", "b.pem"):
-        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", tmp_path / name], check=True)
+        pem = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (tmp_path / name).write_bytes(pem)
         (tmp_path / name).chmod(0o600)
         keys.append(load_sign_key(tmp_path / name))
     manifest = quick_run(sign_key=keys[0])

@@ -12,7 +12,7 @@ import typer
 
 from .console import examples, new_app, print_json, print_table
 from .errors import ConfigError, UsageError
-from .options import ConfigOption, JsonOption, SetOption, effective_config
+from .options import ConfigOption, JsonOption, SetOption, effective_config, runnable_config
 
 # %% auto #0
 __all__ = ['app', 'check_config', 'show_config', 'diff_config']
@@ -27,10 +27,9 @@ app = new_app("The config: check it, show it, compare it.")
 )
 def check_config(config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False) -> None:
     "Load the config as a run would; name every error, exit status 2 when there is one."
-    from xsmom_nb.config import Config, config_digest, difference, require_built
+    from xsmom_nb.config import Config, config_digest, difference
 
-    effective = effective_config(config, settings)
-    require_built(effective)
+    effective = runnable_config(config, settings)
     changed = [each.key for each in difference(Config(), effective)]
     if as_json:
         print_json({"ok": True, "digest": config_digest(effective), "changed": changed})

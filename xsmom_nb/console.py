@@ -49,7 +49,8 @@ def new_app(
     "A group of commands with the project's manners; called without a command it shows its help."
     return typer.Typer(
         help=text, cls=ErrorBoundary, callback=lambda: None, no_args_is_help=True, pretty_exceptions_enable=False,
-        rich_markup_mode="rich" if is_terminal() else None, **{"add_completion": False, **settings},
+        rich_markup_mode="rich" if is_terminal() else None, context_settings={"help_option_names": ["-h", "--help"]},
+        **{"add_completion": False, **settings},
     )
 
 # %% ../nbs/90_console.ipynb #cb9ae354

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ConfigOption', 'SetOption', 'DataOption', 'DatasetOption', 'TimeframeOption', 'StartOption', 'EndOption',
-           'HoldoutOption', 'JsonOption', 'effective_config', 'end_of', 'market_store', 'Span', 'span_of',
-           'bar_calendar']
+           'HoldoutOption', 'JsonOption', 'effective_config', 'runnable_config', 'end_of', 'market_store', 'Span',
+           'span_of', 'bar_calendar']
 
 # %% ../nbs/91_options.ipynb #ba856c7b
 ConfigOption = Annotated[
@@ -65,6 +65,18 @@ def effective_config(
     from xsmom_nb.config import load_config
 
     return load_config(path, overrides or ())
+
+# %% ../nbs/91_options.ipynb #0bda592f
+def runnable_config(
+    path: str | None,  # --config
+    overrides: Sequence[str] | None,  # --set
+) -> Config:
+    "The effective config, if all it switches on is built; raises `ConfigError`."
+    from xsmom_nb.config import require_built
+
+    config = effective_config(path, overrides)
+    require_built(config)
+    return config
 
 # %% ../nbs/91_options.ipynb #c8eb3623
 def end_of(

@@ -95,15 +95,17 @@ def book_volatility(
     "Volatility of today's weights over the last `scratch.size` bars."
     lookback = scratch.size
     scratch[:] = 0.0
-    first = max(0, lookback - 1 - t)  # bars before row 0 count as 0
+    begin = max(0, t - lookback + 1)
+    known = scratch[lookback - (t + 1 - begin) :]  # bars before row 0 count as 0
     for m in range(names.size):
-        returns, weight = returns_by_symbol[names[m]], weights[m]
-        for step in range(first, lookback):
-            scratch[step] += weight * returns[t - lookback + 1 + step]
-    mean = scratch.sum() / lookback
-    squares = 0.0
-    for step in range(lookback):
-        squares += (scratch[step] - mean) ** 2
+        returns, weight = returns_by_symbol[names[m], begin : t + 1], weights[m]
+        for step in range(known.size):
+            known[step] += weight * returns[step]
+    total, squares = 0.0, 0.0
+    for value in scratch:
+        total += value
+    for value in scratch:
+        squares += (value - total / lookback) ** 2
     return float(np.sqrt(squares / (lookback - 1.0)))
 
 # %% ../../nbs/strategy/04_sizing.ipynb #c96bc239
