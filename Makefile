@@ -27,7 +27,7 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 run: setup ## The main job: check the data found, backtest the shipped config and the defaults, verify the kept runs
-	@xsmom demo
+	@xsmom baseline
 
 test: setup ## Everything CI runs: house checks, ruff, mypy, every notebook, pytest with coverage
 	@bash .ci/run

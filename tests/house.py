@@ -26,9 +26,9 @@ LONGEST_CELL = 60  # lines of an exported cell
 LONGEST_MODULE = 500  # exported lines of a notebook
 
 # Which room may lean on which: an import points to a lower layer, to the left, or to an earlier notebook of the same room.
-# A name is a subpackage or a module of the root. The modules of layer 0 are one room.
+# A room is a subpackage, or modules of the root that belong together.
 LAYERS = (
-    ("errors", "files", "clock", "sections", "operations", "credentials", "schema", "config", "ports", "compiled"),
+    ("errors files clock sections operations credentials schema config ports compiled",),
     ("state", "market"),
     ("exchange",),
     ("strategy", "meta"),
@@ -39,7 +39,7 @@ LAYERS = (
     ("optimizer",),
     ("runs",),
     ("ops",),
-    ("cli",),
+    ("console options cli_data cli_config cli_runs cli_launch baseline cli",),
 )
 
 
@@ -176,8 +176,8 @@ def unclean_notebooks(root: Path, scratch: Path) -> list[str]:
 
 
 # ── Package ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def room_of(module: str) -> str:
-    "The room a dotted module below the package lives in: `market.panel` is in `market`, `errors` in `errors`."
+def head_of(module: str) -> str:
+    "The part of a dotted module that `LAYERS` names: `market` for `market.panel`, `errors` for `errors`."
     return module.split(".")[0]
 
 
@@ -200,14 +200,15 @@ def imported_modules(source: str, module: str, modules: set[str]) -> Iterator[tu
 def upward_imports(root: Path = ROOT) -> list[str]:
     "Imports that point up, or to a later notebook of the same layer; and modules that have no place in `LAYERS`."
     reading_order = {module: str(paths[0]) for module, paths in default_exports(root).items()}
-    place = {room: (layer, column if layer else 0) for layer, rooms in enumerate(LAYERS) for column, room in enumerate(rooms)}
+    rooms = ((layer, column, room) for layer, row in enumerate(LAYERS) for column, room in enumerate(row))
+    place = {name: (layer, column) for layer, column, room in rooms for name in room.split()}
     files = {
         ".".join(path.relative_to(root / PACKAGE).with_suffix("").parts): path
         for path in sorted((root / PACKAGE).rglob("*.py"))
         if path.name not in ("__init__.py", "_modidx.py")
     }
-    findings = [f"{module}: not in LAYERS of tests/house.py; give it a layer" for module in files if room_of(module) not in place]
-    known = {module: (*place[room_of(module)], reading_order.get(module, "")) for module in files if room_of(module) in place}
+    findings = [f"{module}: not in LAYERS of tests/house.py; give it a layer" for module in files if head_of(module) not in place]
+    known = {module: (*place[head_of(module)], reading_order.get(module, "")) for module in files if head_of(module) in place}
     for module in known:
         for line, target in imported_modules(files[module].read_text(encoding="utf-8"), module, set(known)):
             if known[target] >= known[module]:

@@ -34,11 +34,18 @@ SETTINGS = f"paths: {{dataset: small}}\noptimizer: {{holdout_start: {HOLDOUT}}}\
 # ── A small working tree ─────────────────────────────────────────────────────────────────────────────────────────────
 NOTEBOOKS = {
     "half": ("run_dir = ''\nwanted = 3", "print(wanted)", "assert wanted == 3, 'half-way there'", "print('the other half')"),
-    "sleeper": ("run_dir = ''", "import os, pathlib, time\npathlib.Path(run_dir, 'pid').write_text(str(os.getpid()))\ntime.sleep(120)"),
+    "sleeper": (
+        "run_dir = ''",
+        "import os, pathlib, time",
+        "pathlib.Path(run_dir, 'pid').write_text(str(os.getpid()))",
+        "time.sleep(120)",
+    ),
     "pair": (
         "run_dir = ''\nmeeting = ''\nname = ''\nother = ''",
-        "import pathlib, time\nplace = pathlib.Path(meeting)\n(place / name).touch()\nuntil = time.monotonic() + 60\n"
-        "while not (place / other).exists():\n    assert time.monotonic() < until, 'alone'\n    time.sleep(0.05)",
+        "import pathlib, time",
+        "(pathlib.Path(meeting) / name).touch()",
+        "until = time.monotonic() + 60",
+        "while not (pathlib.Path(meeting) / other).exists():\n    assert time.monotonic() < until, 'alone'\n    time.sleep(0.05)",
     ),
     "keeper": ("run_dir = ''", "from xsmom_nb.runs.record import open_run\nopen_run(run_dir).write_json('result', [1, 2, 3])"),
 }
@@ -295,7 +302,8 @@ def test_an_import_on_a_full_disk_leaves_what_was_there(quick, tree, tmp_path, m
     answer = quick(*words, "--overwrite")
     assert answer.exit_code == 1
     assert "the disk is full; free some space and repeat" in answer.stderr
-    assert {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file() and path.stat().st_size > 9} == kept
+    there = (path for path in (tmp_path / "data").rglob("*") if path.is_file() and path.suffix != ".lock")
+    assert {path: path.read_bytes() for path in there} == kept
 
 
 # ── A backtest ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -325,7 +333,7 @@ def test_dates_are_inclusive(done):
 
 def test_missing_funding_is_counted_as_zero_and_said(done):
     assert done["metrics"]["funding"] == 0.0
-    assert "6 of 6 symbols have no funding data and are counted as 0" in Path(done["html"]).read_text()
+    assert re.search(r"6 of 6 symbols have no funding data.*counted as 0", Path(done["html"]).read_text())
 
 
 def test_the_run_is_found_again(done, quick):
@@ -392,7 +400,7 @@ def test_two_symbols_stay_flat_and_it_is_said(xsmom):
 
 
 def test_a_bar_that_is_there_twice_fails_the_run_and_the_run_is_kept(xsmom, tree):
-    answer = xsmom("backtest", "--data", spoilt(tree, "twice"), "--holdout", "--json")
+    answer = xsmom("backtest", "--data", spoilt(tree, "twice"), "--json")
     assert answer.returncode == 1
     assert "ETHUSDT at 2024-01-05T03:00:00Z: appears twice" in answer.stderr
     no_traceback(answer.stderr)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from xsmom_nb.runs.verify import Verification
 
 # %% auto #0
-__all__ = ['app', 'Contender', 'contenders', 'print_summary', 'baseline']
+__all__ = ['app', 'SURROUNDINGS', 'Contender', 'contenders', 'print_summary', 'baseline']
 
 # %% ../nbs/96_baseline.ipynb #932fb45e
 app = new_app("The main job.")
@@ -48,16 +48,23 @@ class Contender:
     config: Config
 
 
+SURROUNDINGS = ("paths.", "quality.", "runs.", "live.", "logging.", "exchange.timeframe", "optimizer.holdout_start")
+
+
 def contenders(
     path: str | None,  # --config
     overrides: Sequence[str] | None,  # --set
 ) -> list[Contender]:  # the chosen config, then the defaults
     "The configs that are compared; raises `ConfigError`."
-    from xsmom_nb.config import DEFAULTS, find_config
+    from xsmom_nb.config import DEFAULTS, find_config, flatten, with_values
 
-    chosen = path or find_config()
-    names = [os.path.relpath(chosen), DEFAULTS] if chosen is not None and str(chosen) != DEFAULTS else [DEFAULTS]
-    return [Contender(name, runnable_config(name, overrides)) for name in names]
+    source = path or find_config()
+    chosen = runnable_config(path, overrides)
+    if source is None or str(source) == DEFAULTS:
+        return [Contender(DEFAULTS, chosen)]
+    same = {key: value for key, value in flatten(chosen).items() if key.startswith(SURROUNDINGS)}
+    defaults = with_values(runnable_config(DEFAULTS, overrides), same)
+    return [Contender(os.path.relpath(source), chosen), Contender(DEFAULTS, defaults)]
 
 # %% ../nbs/96_baseline.ipynb #19300819
 def print_summary(
