@@ -7,6 +7,7 @@ sixty days; the ones that several tests look at are made once.
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -135,11 +136,13 @@ def no_traceback(text: str) -> None:
 
 # ── Help ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_help_is_quick(xsmom):
+    "Counted is the processor's time, which is the waiting time of an idle machine; other tests run beside this one."
     seconds = []
     for _ in range(3):
-        begin = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         shown = xsmom("--help")
-        seconds.append(time.perf_counter() - begin)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert shown.returncode == 0
     assert all(name in shown.stdout for name in ("baseline", "backtest", "run", "runs", "data", "config", "version"))
     assert min(seconds) < 0.4, seconds

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from xsmom_nb.backtest.vector import backtest
 from xsmom_nb.clock import bars_per_day
 from xsmom_nb.config import Config, with_values
 from xsmom_nb.market.panel import Panel
@@ -38,6 +39,8 @@ STAGES: dict[str, Callable[[Panel], np.ndarray]] = {
     "day_quote_volume": lambda panel: day_quote_volume(panel.close, panel.volume, bars_per_day(panel.timeframe)),
     **{f"filter {each.name}": (lambda panel, each=each: each.feature(panel, CONFIG)) for each in REGISTRY},
     "core": lambda panel: core_weights(panel, CONFIG),
+    "held weights": lambda panel: backtest(panel, CONFIG, holdout=True).weights.to_numpy(),
+    "equity": lambda panel: backtest(panel, CONFIG, holdout=True).equity.to_numpy(),
 }
 MEMORIES = ("members", "volatility", "spread")
 

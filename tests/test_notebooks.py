@@ -11,13 +11,15 @@ compiled), and the coverage table sees inside.
 import importlib
 import os
 import sys
-import warnings
 
 import house
+import numba
 import pytest
 
-INTERPRETED = os.environ.get("NUMBA_DISABLE_JIT") == "1"
+INTERPRETED = bool(numba.config.DISABLE_JIT)
+os.environ.pop("NUMBA_DISABLE_JIT", None)  # numba has read it; what a notebook starts, a run for instance, is compiled
 ONLY_COMPILED = {  # module to what Python does otherwise
+    "backtest.vector": "backtests years of bars, which takes Python minutes; the kernel's own notebook reaches every line",
     "compiled": "is about compiling",
     "exchange.fills": "divides scalars by zero, for which compiled code has inf and Python an exception",
 }
@@ -30,14 +32,13 @@ def chapters() -> list:
     return [pytest.param(claims[module][0], f"{house.PACKAGE}.{module}", id=module) for module in chosen]
 
 
+@pytest.mark.filterwarnings("default")  # as in a notebook, whose scratch folders are cleaned up when they are forgotten
 @pytest.mark.parametrize(("notebook", "module"), chapters())
 def test_package_passes_its_notebook(notebook, module, root, monkeypatch):
     made = importlib.import_module(module)
     monkeypatch.chdir((root / notebook).parent)  # as nbdev-test does
     monkeypatch.setitem(sys.modules, "__main__", made)  # what a notebook patches in `__main__` is patched where it is used
     namespace = {**vars(made), "__name__": "__main__"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")  # as in a notebook
-        for number, source in house.code_cells(root / notebook):
-            if not house.is_exported(source) and "#| eval: false" not in source:
-                exec(compile(source, f"{notebook}, cell {number}", "exec", dont_inherit=True), namespace)
+    for number, source in house.code_cells(root / notebook):
+        if not house.is_exported(source) and "#| eval: false" not in source:
+            exec(compile(source, f"{notebook}, cell {number}", "exec", dont_inherit=True), namespace)

@@ -24,7 +24,6 @@ from xsmom_nb.options import (
     StartOption,
     TimeframeOption,
     bar_calendar,
-    end_of,
     market_store,
     runnable_config,
 )
@@ -51,12 +50,12 @@ def checked_window(
 ) -> Window:
     "The decisions that are meant; raises `UsageError`, `DataError` or `RefusedError` when they cannot or must not be taken."
     from xsmom_nb.backtest.window import decision_window
-    from xsmom_nb.clock import parse_utc, timeframe_ms
+    from xsmom_nb.clock import parse_end, parse_utc, timeframe_ms
 
     timeframe = asked["timeframe"] or config.exchange.timeframe
     timeframe_ms(timeframe)
     start_ms = parse_utc(asked["start"]) if asked["start"] else None
-    end_ms = end_of(asked["end"], timeframe) if asked["end"] else None
+    end_ms = parse_end(asked["end"], timeframe) if asked["end"] else None
     store = market_store(config, asked["data"] or None, asked["dataset"] or None, timeframe)
     return decision_window(bar_calendar(store, timeframe), config, start_ms, end_ms, asked["holdout"])
 
@@ -66,7 +65,7 @@ def market_parameters(
     asked: Mapping[str, Any],  # the six, as given; empty text: not given
 ) -> dict[str, Any]:  # the six, ready for the notebook
     "Check data, dates and holdout before a run, and say them in full; raises as `checked_window` does."
-    from xsmom_nb.clock import format_utc, parse_utc
+    from xsmom_nb.clock import format_utc, parse_end, parse_utc
     from xsmom_nb.market.store import find_data
 
     checked_window(config, asked)
@@ -75,7 +74,7 @@ def market_parameters(
         **asked,
         "data": str(find_data(asked["data"] or None, config=config)) if named else "",
         "start": format_utc(parse_utc(asked["start"])) if asked["start"] else "",
-        "end": format_utc(end_of(asked["end"], asked["timeframe"] or config.exchange.timeframe)) if asked["end"] else "",
+        "end": format_utc(parse_end(asked["end"], asked["timeframe"] or config.exchange.timeframe)) if asked["end"] else "",
     }
 
 # %% ../nbs/95_cli_launch.ipynb #67300eef

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from xsmom_nb.state import State
 
 # %% auto #0
-__all__ = ['app', 'RunArgument', 'runs_root', 'opened_state', 'list_all', 'show', 'open_page', 'diff', 'verify_runs',
+__all__ = ['app', 'FIRST', 'RunArgument', 'runs_root', 'opened_state', 'list_all', 'show', 'open_page', 'diff', 'verify_runs',
            'raise_if_broken', 'verify_all', 'prune']
 
 # %% ../nbs/94_cli_runs.ipynb #042152a2
@@ -92,6 +93,7 @@ def list_all(
         typer.echo(f"no runs in {root}; make one with `xsmom backtest`")
 
 # %% ../nbs/94_cli_runs.ipynb #506e67de
+FIRST = ("run_id", "kind", "status", "error", "started_at", "ended_at", "origin", "holdout", "path", "bytes", "pruned")
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Beginning of a run id, a kind for its newest, or `latest`.")]
 
 
@@ -104,11 +106,12 @@ def show(run: RunArgument, config: ConfigOption = None, settings: SetOption = No
     if as_json:
         print_json(facts)
         return
-    metrics = facts.pop("metrics", None) or {}
-    lists = {name: ", ".join(facts.pop(name)) for name in ("files",) if name in facts}
-    grouped = {name: facts.pop(name) for name in list(facts) if isinstance(facts[name], dict)}
-    flat = {f"{name}.{key}": value for name, group in grouped.items() for key, value in group.items()}
-    print_facts({**facts, **flat, **{f"metrics.{name}": figure(name, value) for name, value in metrics.items()}, **lists})
+    groups = {name: facts.pop(name) for name in list(facts) if isinstance(facts[name], dict)}
+    files = facts.pop("files", None)
+    first = {name: facts.pop(name) for name in FIRST if name in facts}
+    figures = {f"metrics.{name}": figure(name, value) for name, value in groups.pop("metrics", {}).items()}
+    rest = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    print_facts({**first, **figures, **facts, **rest, "files": ", ".join(files) if files is not None else None})
 
 # %% ../nbs/94_cli_runs.ipynb #12c7f693
 @app.command("open", epilog=examples("xsmom runs open latest", "xsmom runs open backtest"))
@@ -124,6 +127,15 @@ def open_page(run: RunArgument, config: ConfigOption = None, settings: SetOption
         webbrowser.open(page.as_uri())
 
 # %% ../nbs/94_cli_runs.ipynb #9f003fd5
+def _shown(part: str, key: str, value: Any) -> str:
+    "One side of a change, for a table."
+    if part == "metrics" and (value is None or isinstance(value, int | float)):
+        return figure(key, value)
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,64}", value):
+        return f"{value[:12]}…"
+    return "-" if value is None else json.dumps(value)
+
+# %% ../nbs/94_cli_runs.ipynb #f51e15cc
 @app.command("diff", epilog=examples("xsmom runs diff 20250331T22 20250331T23", "xsmom runs diff 20250331T22 latest"))
 def diff(
     before: RunArgument,
@@ -141,7 +153,8 @@ def diff(
     if as_json:
         print_json({"before": old.name, "after": new.name, "changes": [vars(change) for change in changes]})
     elif changes:
-        print_table(["part", "key", "before", "after"], [[c.part, c.key, *map(json.dumps, (c.before, c.after))] for c in changes])
+        rows = [[c.part, c.key, *(_shown(c.part, c.key, value) for value in (c.before, c.after))] for c in changes]
+        print_table(["part", "key", "before", "after"], rows)
     else:
         typer.echo("nothing differs")
 

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Protocol
 
 from .errors import UsageError, nearest_name
 
 # %% auto #0
 __all__ = ['TIMEFRAMES', 'DAY_MS', 'Clock', 'SystemClock', 'SimulatedClock', 'timeframe_ms', 'bars_per_day', 'bars_per_year',
-           'last_closed_open_ms', 'parse_utc', 'format_utc', 'format_stamp']
+           'last_closed_open_ms', 'parse_utc', 'parse_end', 'format_utc', 'format_stamp']
 
 # %% ../nbs/02_clock.ipynb #c9f21802
 class Clock(Protocol):
@@ -120,6 +120,19 @@ def parse_utc(
         raise UsageError(f"time {text!r}: expected a UTC date or time such as 2025-03-31 or 2025-03-31T23:00:00Z") from error
     moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     return (moment - _EPOCH) // _MILLISECOND
+
+# %% ../nbs/02_clock.ipynb #c5ffba88
+def parse_end(
+    text: str,  # "2025-03-31" (its last bar), or a time as in "2025-03-31T12:00"
+    timeframe: str,  # as exchanges write it, "1h"
+) -> int:  # open time of the last bar included, UTC milliseconds since 1970
+    "The moment that an inclusive end means; raises `UsageError`."
+    moment = parse_utc(text)
+    try:
+        date.fromisoformat(text.strip())
+    except ValueError:  # not a date alone, so a time
+        return moment
+    return moment + DAY_MS - timeframe_ms(timeframe)
 
 # %% ../nbs/02_clock.ipynb #70cb2009
 def format_utc(

@@ -9,6 +9,7 @@ __all__ = ['PACKAGE', 'UNUSED_SECONDS', 'Function', 'source_digest', 'cache_fold
 import functools
 import hashlib
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -47,7 +48,8 @@ def remove_unused(
     import shutil
 
     for folder in root.iterdir():
-        if folder.is_dir() and now_seconds - folder.stat().st_mtime > UNUSED_SECONDS:
+        ours = folder.is_dir() and re.fullmatch(r"[0-9a-f]{16}", folder.name)
+        if ours and now_seconds - folder.stat().st_mtime > UNUSED_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/05_compiled.ipynb #13034762

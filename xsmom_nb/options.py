@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ConfigOption', 'SetOption', 'DataOption', 'DatasetOption', 'TimeframeOption', 'StartOption', 'EndOption',
-           'HoldoutOption', 'JsonOption', 'effective_config', 'runnable_config', 'end_of', 'market_store', 'Span',
-           'span_of', 'bar_calendar']
+           'HoldoutOption', 'JsonOption', 'effective_config', 'runnable_config', 'market_store', 'Span', 'span_of',
+           'bar_calendar']
 
 # %% ../nbs/91_options.ipynb #ba856c7b
 ConfigOption = Annotated[
@@ -77,21 +77,6 @@ def runnable_config(
     config = effective_config(path, overrides)
     require_built(config)
     return config
-
-# %% ../nbs/91_options.ipynb #c8eb3623
-def end_of(
-    text: str,  # "2025-03-31", or a time as in "2025-03-31T12:00"
-    timeframe: str,  # as exchanges write it, "1h"
-) -> int:  # open time of the last bar included, UTC milliseconds since 1970
-    "The moment that an inclusive end means; raises `UsageError`."
-    from xsmom_nb.clock import DAY_MS, parse_utc, timeframe_ms
-
-    moment = parse_utc(text)
-    try:
-        date.fromisoformat(text.strip())
-    except ValueError:
-        return moment
-    return moment + DAY_MS - timeframe_ms(timeframe)
 
 # %% ../nbs/91_options.ipynb #72c0e710
 def market_store(

@@ -6,7 +6,7 @@
 __all__ = ['SIDE', 'ENTRY_ROW', 'EXIT_ROW', 'SYMBOL', 'REASON', 'BOUGHT', 'SOLD', 'PAID_IN', 'PAID_OUT', 'FEES', 'SLIPPAGE',
            'FUNDING', 'TRADE_FIELDS', 'EXIT_REASONS', 'OPEN', 'REBALANCE', 'DELISTED', 'RUIN', 'Rules', 'trading_rules',
            'Book', 'empty_book', 'mark_row', 'record_fill', 'wanted_share', 'trade_row', 'Series', 'empty_series',
-           'run_kernel']
+           'settle_open_trades', 'run_kernel']
 
 # %% ../../nbs/backtest/00_kernel.ipynb #c943f28b
 from typing import NamedTuple
@@ -39,9 +39,10 @@ def trading_rules(config: Config) -> Rules:
     "The numbers of a config that the accounting reads."
     strategy, execution, costs = config.strategy, config.execution, config.costs
     return Rules(
-        strategy.rebalance_every_bars, strategy.rebalance_offset_bars, execution.trade_rate, execution.rebalance_band,
-        config.sizing.max_notional_per_asset,
-        costs.maker_bps, costs.taker_bps, costs.maker_ratio, costs.slippage_bps, costs.impact_coef)
+        every_bars=strategy.rebalance_every_bars, offset_bars=strategy.rebalance_offset_bars,
+        trade_rate=execution.trade_rate, band=execution.rebalance_band, max_notional=config.sizing.max_notional_per_asset,
+        maker_bps=costs.maker_bps, taker_bps=costs.taker_bps, maker_ratio=costs.maker_ratio,
+        slippage_bps=costs.slippage_bps, impact_coef=costs.impact_coef)
 
 # %% ../../nbs/backtest/00_kernel.ipynb #ab8336d9
 SIDE, ENTRY_ROW, EXIT_ROW, SYMBOL, REASON, BOUGHT, SOLD, PAID_IN, PAID_OUT, FEES, SLIPPAGE, FUNDING = range(12)
@@ -83,9 +84,9 @@ def mark_row(
     for i in range(close.size):
         if np.isfinite(close[i]):
             book.prices[i] = close[i]
-        if book.shares[i] != 0.0 and after > 0.0:
+        if book.shares[i] != 0.0:
             growth = 1.0 + returns[i] if np.isfinite(returns[i]) else 1.0
-            book.shares[i] *= growth * equity / after
+            book.shares[i] *= growth * equity / after if after > 0.0 else growth
     return after, paid
 
 # %% ../../nbs/backtest/00_kernel.ipynb #e6831160
@@ -184,15 +185,16 @@ def trade_row(
             continue
         notional = np.abs(share - current) * equity
         if dead:
-            fee_bps, slip_bps = rules.taker_bps, rules.slippage_bps
+            fee_bps, slipped_bps = rules.taker_bps, rules.slippage_bps
         else:
             fee_bps = blended_fee_bps(rules.maker_bps, rules.taker_bps, rules.maker_ratio)
-            slip_bps = slippage_bps(rules.slippage_bps, rules.impact_coef, volatility[i], notional, close[i] * volume[i])
-        fee, slip = notional * fee_bps / 1e4, notional * slip_bps / 1e4
+            quote_volume = close[i] * volume[i]
+            slipped_bps = slippage_bps(rules.slippage_bps, rules.impact_coef, volatility[i], notional, quote_volume)
+        fee, slipped = notional * fee_bps / 1e4, notional * slipped_bps / 1e4
         count = record_fill(
-            book.trades[i], closed, count, i, t, book.prices[i], current * equity, share * equity, fee, slip, reason)
+            book.trades[i], closed, count, i, t, book.prices[i], current * equity, share * equity, fee, slipped, reason)
         book.shares[i] = share
-        turnover, fees, slippage = turnover + np.abs(share - current), fees + fee, slippage + slip
+        turnover, fees, slippage = turnover + np.abs(share - current), fees + fee, slippage + slipped
     return turnover, fees, slippage, count
 
 # %% ../../nbs/backtest/00_kernel.ipynb #c4b700ba
@@ -210,12 +212,11 @@ class Series(NamedTuple):
 # %% ../../nbs/backtest/00_kernel.ipynb #2ea7e026
 def empty_series(
     rows: int,  # bars that are kept
-    matrix_rows: int,  # the same, or 0 where targets and weights are not wanted
     n: int,  # symbols
 ) -> Series:
     "Zeros to be written by the kernel."
-    bars = [np.zeros(rows) for _ in range(6)]
-    return Series(bars[0], bars[1], bars[2], bars[3], bars[4], bars[5], np.zeros((matrix_rows, n)), np.zeros((matrix_rows, n)))
+    bars = {name: np.zeros(rows) for name in ("equity", "turnover", "fees", "slippage", "funding", "exposure")}
+    return Series(**bars, targets=np.zeros((rows, n)), weights=np.zeros((rows, n)))
 
 # %% ../../nbs/backtest/00_kernel.ipynb #e131494e
 @njit
@@ -231,23 +232,34 @@ def _room_for(closed: np.ndarray, needed: int) -> np.ndarray:
 
 # %% ../../nbs/backtest/00_kernel.ipynb #4ae9fe48
 @njit
-def _settle_open_trades(book: Book, equity: float, closed: np.ndarray, count: int, t: int, reason: int) -> int:
-    "Value what is still held at its last price and list it as a trade."
+def settle_open_trades(
+    book: Book,  # shares of `equity`; the open trades are cleared
+    equity: float,  # what the shares are shares of, quote currency
+    beyond: float,  # how far below zero the account has fallen, 0 where it has not; quote currency
+    closed: np.ndarray,  # finished trades; written
+    count: int,  # finished trades so far
+    t: int,
+    reason: int,
+) -> int:  # finished trades now
+    "Value what is held at its last price and list it as a trade; what is lost beyond the account is lost by somebody else."
+    gross = np.abs(book.shares).sum() * equity
     for i in range(book.shares.size):
-        if book.trades[i, SIDE] != 0.0:
+        trade = book.trades[i]
+        if trade[SIDE] != 0.0:
             value = np.abs(book.shares[i]) * equity
-            book.trades[i, SOLD] += value / book.prices[i]
-            book.trades[i, PAID_OUT] += value
-            count = _close_trade(book.trades[i], closed, count, t, reason)
+            trade[SOLD] += value / book.prices[i]
+            trade[PAID_OUT] += value + trade[SIDE] * beyond * value / gross
+            count = _close_trade(trade, closed, count, t, reason)
     return count
 
-# %% ../../nbs/backtest/00_kernel.ipynb #44963a68
+# %% ../../nbs/backtest/00_kernel.ipynb #889bcd5c
 @njit
 def _pay(costs: float, equity: float, book: Book) -> float:
-    "Take the costs out of the equity; the shares become shares of what is left."
+    "Take the costs out of the equity; the shares become shares of what is left, if anything is."
     left = equity - costs
-    for i in range(book.shares.size):
-        book.shares[i] *= equity / left
+    if left > 0.0:
+        for i in range(book.shares.size):
+            book.shares[i] *= equity / left
     return left
 
 # %% ../../nbs/backtest/00_kernel.ipynb #1ab1e704
@@ -281,7 +293,7 @@ def run_kernel(
         remember_row(market, parameters, memory, t)
         if t < first:
             continue
-        row = t - first
+        row, before = t - first, equity
         equity, series.funding[row] = mark_row(market.close[t], market.returns[t], funding[t], equity, book)
         closed = _room_for(closed, count + 2 * n)
         if equity > 0.0:
@@ -291,9 +303,9 @@ def run_kernel(
             series.turnover[row], series.fees[row], series.slippage[row], count = trade_row(
                 t, market.close[t], volume[t], memory.volatility, targets, rebalancing, may_enter, equity, rules, book, closed,
                 count)
-            equity = _pay(series.fees[row] + series.slippage[row], equity, book)
-        if not equity > 0.0:
-            return closed[: _settle_open_trades(book, 0.0, closed, count, t, RUIN)]
+            before, equity = equity, _pay(series.fees[row] + series.slippage[row], equity, book)
+        if equity <= 0.0:
+            return closed[: settle_open_trades(book, before, -equity, closed, count, t, RUIN)]
         _keep_row(row, equity, targets, book, series)
     closed = _room_for(closed, count + 2 * n)
-    return closed[: _settle_open_trades(book, equity, closed, count, end - 1, OPEN)]
+    return closed[: settle_open_trades(book, equity, 0.0, closed, count, end - 1, OPEN)]

@@ -38,7 +38,7 @@ def plot_drawdown(
     axes: "Axes",
 ) -> None:
     "The fall from the highest equity so far, in per cent."
-    fall = -100 * drawdowns(result.equity["equity"].to_numpy(), result.config.backtest.initial_equity)
+    fall = 0.0 - 100 * drawdowns(result.equity["equity"].to_numpy(), result.config.backtest.initial_equity)
     axes.fill_between(result.equity.index, fall, 0.0, color="C3", alpha=0.5, lw=0)
     axes.set(ylabel="%", title=f"Drawdown, deepest {fall.min() if fall.size else 0.0:.1f} %")
 

@@ -37,7 +37,7 @@ def result_remarks(
         lost = equity.index[int((equity <= 0.0).argmax())]
         remarks.append(f"The account was lost on {lost:%Y-%m-%d %H:%M} UTC; nothing was traded afterwards.")
     if result.trades.empty:
-        remarks.append("Nothing was traded: no symbol ever passed the universe, the filters and the selection.")
+        remarks.append("Nothing was traded: on no rebalance row did a symbol pass universe, filters, selection and band.")
     every = result.config.strategy.rebalance_every_bars
     if every > 1:
         remarks.append(f"One of {every} rebalance phases is shown. Which one is luck; compare by the mean over phases.")

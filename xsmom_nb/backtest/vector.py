@@ -33,8 +33,9 @@ from xsmom_nb.backtest.kernel import (
 )
 from .metrics import compute_metrics
 from .window import Window, decision_window
-from ..clock import bars_per_year
-from ..config import Config, require_built, with_values
+from ..clock import bars_per_year, format_utc, timeframe_ms
+from ..config import Config, with_values
+from ..errors import DataError
 from ..market.panel import Panel
 from ..strategy.core import core_parameters, fresh_memory, prepare
 
@@ -59,8 +60,8 @@ def trade_frame(
     panel: Panel,
 ) -> pd.DataFrame:  # a row a trade, in order of exit, then entry
     "The kernel's trades as a table."
-    step = panel.open_time_ms[1] - panel.open_time_ms[0] if panel.shape[0] > 1 else 0
-    closes = pd.DatetimeIndex(pd.to_datetime(panel.open_time_ms + step, unit="ms", utc=True)).as_unit("ms")
+    close_time_ms = panel.open_time_ms + timeframe_ms(panel.timeframe)
+    closes = pd.DatetimeIndex(pd.to_datetime(close_time_ms, unit="ms", utc=True)).as_unit("ms")
     rows = {field: trades[:, field].astype(np.int64) for field in (SYMBOL, ENTRY_ROW, EXIT_ROW, REASON)}
     quantity = trades[:, BOUGHT]
     frame = pd.DataFrame({
@@ -77,14 +78,19 @@ def trade_frame(
     return frame.sort_values(["exit_time", "entry_time", "symbol"], kind="stable", ignore_index=True)
 
 # %% ../../nbs/backtest/03_vector.ipynb #cd8890a2
-def _kernel_run(panel: Panel, config: Config, first_row: int, matrices: bool) -> tuple[Series, np.ndarray]:
+def _kernel_run(panel: Panel, config: Config, first_row: int) -> tuple[Series, np.ndarray]:
+    "Prepare, run, and refuse an equity that is not a number."
     rows, n = panel.shape[0] - first_row, panel.shape[1]
-    wanted = rows if matrices else 0
-    series = empty_series(rows, wanted, n)
-    market, parameters = prepare(panel, config), core_parameters(config, panel.timeframe)
+    parameters, market, series = core_parameters(config, panel.timeframe), prepare(panel, config), empty_series(rows, n)
     trades = run_kernel(
         market, panel.volume, panel.funding, parameters, trading_rules(config), fresh_memory(market, parameters), empty_book(n),
         first_row, config.backtest.initial_equity, series)
+    lost = np.flatnonzero(~np.isfinite(series.equity))
+    if lost.size:
+        when = format_utc(int(panel.open_time_ms[first_row + lost[0]]))
+        raise DataError(
+            f"equity at {when} is {series.equity[lost[0]]}; expected a number: prices, volumes or funding of {panel.origin} are "
+            "beyond what can be computed with; look at that bar with `xsmom data check`")
     return series, trades
 
 # %% ../../nbs/backtest/03_vector.ipynb #01d05aff
@@ -96,10 +102,9 @@ def backtest(
     holdout: bool = False,  # whether the holdout may be touched
 ) -> BacktestResult:
     "Backtest a config over a panel; raises `ConfigError` for parts that are not built, `RefusedError` for the holdout."
-    require_built(config)
     window = decision_window(panel, config, start_ms, end_ms, holdout)
     seen = panel.slice(end_ms=window.end_ms)
-    series, trades = _kernel_run(seen, config, window.first_row, matrices=True)
+    series, trades = _kernel_run(seen, config, window.first_row)
     index = seen.index[window.first_row :]
     before = np.concatenate([[config.backtest.initial_equity], series.equity[:-1]])
     columns = {name: getattr(series, name) for name in ("turnover", "fees", "slippage", "funding")}

@@ -24,6 +24,7 @@ class Permissions(NamedTuple):
     longs: np.ndarray  # bool, shape (N,): may be held long
     shorts: np.ndarray  # bool, shape (N,): may be held short
     multiplier: np.ndarray  # factor ≥ 0 of the raw weight, shape (N,)
+    removed: np.ndarray  # place in the pipeline of the filter that closed the last side, −1: none did, int64, shape (N,)
 
 # %% ../../nbs/strategy/02_filters.ipynb #63ce58b2
 def regime_slope(
@@ -36,6 +37,7 @@ def regime_slope(
     average = ema(close, ema_len)
     slope = np.full(close.shape, np.nan)
     slope[slope_bars:] = (average[slope_bars:] / average[:-slope_bars] - 1.0) * 1e4 * bars_per_day / slope_bars
+    slope[np.cumsum(np.isfinite(close), axis=0) < ema_len + slope_bars] = np.nan
     return slope
 
 # %% ../../nbs/strategy/02_filters.ipynb #659638bc
@@ -106,7 +108,7 @@ def enabled_filters(
 ) -> list[int]:  # numbers in `REGISTRY`, in the order of `filters.order`
     "The enabled filters in their configured order."
     numbers = {each.name: number for number, each in enumerate(REGISTRY)}
-    return [numbers[name] for name in config.filters.order if getattr(config.filters, name).enabled and name in numbers]
+    return [numbers[name] for name in config.filters.order if getattr(config.filters, name).enabled]
 
 # %% ../../nbs/strategy/02_filters.ipynb #6526becc
 @njit
@@ -137,13 +139,15 @@ def apply_filters(
     "Run the pipeline on row t. A multiplier of 0 closes both sides, so that the next in rank takes the place."
     for i in range(members.size):
         permissions.longs[i] = permissions.shorts[i] = members[i]
-        permissions.multiplier[i] = 1.0
+        permissions.multiplier[i], permissions.removed[i] = 1.0, -1
     may_enter = True
     for f in range(kinds.size):
         may_enter &= filter_row(kinds[f], parameters[f], features[f, t], features[f, max(t - 1, 0)], permissions)
-    for i in range(members.size):
-        if not permissions.multiplier[i] > 0.0:
-            permissions.longs[i] = permissions.shorts[i] = False
+        for i in range(members.size):
+            if not permissions.multiplier[i] > 0.0:
+                permissions.longs[i] = permissions.shorts[i] = False
+            if members[i] and permissions.removed[i] < 0 and not (permissions.longs[i] or permissions.shorts[i]):
+                permissions.removed[i] = f
     return may_enter
 
 # %% ../../nbs/strategy/02_filters.ipynb #cd82f591
