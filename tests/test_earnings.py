@@ -16,4 +16,4 @@ def test_the_readme_quotes_what_the_data_gives(root, real_panel, name):
     rows = [line for line in earnings_markdown({name: table}).splitlines() if line.startswith(f"| {name}")]
     assert len(rows) == 4
     for row in rows:
-        assert row in readme, f"not in the README: {row!r}; take it from `xsmom run earnings`, row `this config` for the shipped one"
+        assert row in readme, f"not in the README: {row!r}; take it from `xsmom run earnings` (`this config` is the shipped one)"
