@@ -13,12 +13,14 @@ import os
 import sys
 
 import house
+import matplotlib.pyplot as plt
 import numba
 import pytest
 
 INTERPRETED = bool(numba.config.DISABLE_JIT)
 os.environ.pop("NUMBA_DISABLE_JIT", None)  # numba has read it; what a notebook starts, a run for instance, is compiled
 ONLY_COMPILED = {  # module to what Python does otherwise
+    "backtest.earnings": "backtests every phase, which takes Python minutes",
     "backtest.vector": "backtests years of bars, which takes Python minutes; the kernel's own notebook reaches every line",
     "compiled": "is about compiling",
     "exchange.fills": "divides scalars by zero, for which compiled code has inf and Python an exception",
@@ -42,3 +44,4 @@ def test_package_passes_its_notebook(notebook, module, root, monkeypatch):
     for number, source in house.code_cells(root / notebook):
         if not house.is_exported(source) and "#| eval: false" not in source:
             exec(compile(source, f"{notebook}, cell {number}", "exec", dont_inherit=True), namespace)
+    plt.close("all")
