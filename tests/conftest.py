@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ── Skipping ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A skipped test proves nothing, so the only excuse is that something is absent from this machine, and it is said what.
-EXCUSE = re.compile(r"no (market data|golden numbers|command \S+|package \S+) found")
+EXCUSE = re.compile(r"no (market data|golden numbers|design page|command \S+|package \S+) found")
 skipped: dict[str, str] = {}  # test to its reason
 
 
@@ -47,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for test, reason in unexcused().items():
         terminalreporter.write_line(
             f"SKIPPED WITHOUT EXCUSE {test}: {reason!r}; expected 'no market data found', 'no golden numbers found', "
-            "'no command NAME found' or 'no package NAME found'",
+            "'no design page found', 'no command NAME found' or 'no package NAME found'",
             red=True,
         )
 

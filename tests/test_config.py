@@ -43,7 +43,7 @@ def dotted(value: object, prefix: str = "") -> dict[str, object]:
 # ---- the design page and the shipped file
 
 
-@pytest.mark.skipif(not DESIGN.exists(), reason="no design page beside the checkout")
+@pytest.mark.skipif(not DESIGN.exists(), reason="no design page found")
 def test_defaults_are_those_of_the_design_page() -> None:
     "Every key and value of the page, and no key besides but the section the checks of market data need."
     page = dotted(yaml.safe_load(DESIGN.read_text(encoding="utf-8")))
@@ -70,7 +70,7 @@ def test_the_file_of_the_working_tree_is_found_from_below(monkeypatch: pytest.Mo
     assert load_config(environ={}) == load_config(ROOT / "configs" / "config.yaml", environ={})
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="no golden numbers beside the checkout")
+@pytest.mark.skipif(not GOLDEN.exists(), reason="no golden numbers found")
 def test_golden_configs_are_accepted() -> None:
     "Every case, and each is built."
     for case in json.loads(GOLDEN.read_text())["cases"].values():
