@@ -29,11 +29,11 @@ LONGEST_MODULE = 500  # exported lines of a notebook
 # A room is a subpackage, or modules of the root that belong together.
 LAYERS = (
     ("errors files clock sections operations credentials schema config ports compiled",),
-    ("state", "market"),
+    ("database state lease outbox", "market"),
     ("exchange",),
     ("strategy", "meta"),
     ("risk",),
-    ("execution", "decide"),
+    ("execution", "decision decide"),
     ("live",),
     ("backtest",),
     ("optimizer",),

@@ -5,15 +5,19 @@
 # %% ../nbs/04_ports.ipynb #37906a8f
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from .errors import DataError, XsmomError
 
 # %% auto #0
-__all__ = ['TransientError', 'Bar', 'FundingRate', 'Instrument', 'MarketDataPort']
+__all__ = ['Side', 'OrderType', 'TimeInForce', 'OrderStatus', 'OPEN_STATUSES', 'LINK_ID', 'LedgerKind', 'Outcome',
+           'Decided_contra', 'TransientError', 'Bar', 'FundingRate', 'Instrument', 'MarketDataPort', 'Ticker',
+           'OrderRequest', 'Order', 'Fill', 'Position', 'Account', 'LedgerEntry', 'Submission', 'QuotePort',
+           'ExchangePort', 'Recorder']
 
 # %% ../nbs/04_ports.ipynb #1a0acc57
 class TransientError(XsmomError):
@@ -40,6 +44,21 @@ class FundingRate:
     rate: float  # fraction of the position's value; positive: longs pay shorts
 
 # %% ../nbs/04_ports.ipynb #ac44aecc
+def _require_decimals(
+    record: Any,  # a record whose fields are annotated as text
+    name: str,  # how a message calls it
+    signed: Sequence[str] = (),  # fields that may be below zero
+) -> None:
+    "Raise `DataError` for a field annotated as Decimal that holds a float, NaN, infinity, or a negative it must not hold."
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if field.type != "Decimal" and (field.type != "Decimal | None" or value is None):
+            continue
+        if not (isinstance(value, Decimal) and value.is_finite() and (value >= 0 or field.name in signed)):
+            bound = "" if field.name in signed else " ≥ 0"
+            raise DataError(f"{name}: {field.name} is {value!r}; expected a finite Decimal{bound} made from the exchange's text")
+
+# %% ../nbs/04_ports.ipynb #48d2fb84
 @dataclass(frozen=True, slots=True)
 class Instrument:
     "What may be traded under one symbol, and in which steps."
@@ -59,10 +78,7 @@ class Instrument:
     funding_interval_minutes: int  # at present; may change
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "Decimal" and not (isinstance(value, Decimal) and value.is_finite() and value >= 0):
-                raise DataError(f"{self.symbol}: {field.name} is {value!r}; expected a Decimal ≥ 0 made from the exchange's text")
+        _require_decimals(self, self.symbol)
         for name in ("price_tick", "quantity_step"):
             if getattr(self, name) == 0:
                 raise DataError(f"{self.symbol}: {name} is 0; expected a positive step; look at the exchange's instrument list")
@@ -110,4 +126,274 @@ class MarketDataPort(Protocol):
 
     def fetch_instruments(self) -> Sequence[Instrument]:
         "All linear perpetuals that exist now, ascending by symbol."
+        ...
+
+# %% ../nbs/04_ports.ipynb #8f5d8027
+@dataclass(frozen=True, slots=True)
+class Ticker:
+    "The best prices of one symbol at one time."
+
+    symbol: str
+    time_ms: int  # when the exchange made it, UTC ms
+    bid: Decimal  # highest price somebody pays
+    ask: Decimal  # lowest price somebody takes
+    last: Decimal  # of the last trade
+    mark: Decimal  # by which positions are valued
+
+    def __post_init__(self) -> None:
+        _require_decimals(self, f"ticker of {self.symbol}")
+        if not 0 < self.bid <= self.ask or not (self.last and self.mark):
+            raise DataError(f"ticker of {self.symbol}: bid {self.bid}, ask {self.ask}, last {self.last}, mark {self.mark}; "
+                            "expected prices above 0 and a bid that is not above the ask")
+
+    @property
+    def spread_bps(self) -> float:
+        "Distance of the best prices in bps of their middle."
+        return float((self.ask - self.bid) / (self.ask + self.bid) * 20_000)
+
+# %% ../nbs/04_ports.ipynb #b23c766f
+Side = Literal["Buy", "Sell"]
+OrderType = Literal["Limit", "Market"]
+TimeInForce = Literal["GTC", "PostOnly", "IOC", "FOK"]
+OrderStatus = Literal["New", "PartiallyFilled", "Filled", "Cancelled", "Rejected"]
+OPEN_STATUSES = ("New", "PartiallyFilled")  # the order may still fill
+LINK_ID = re.compile(r"[A-Za-z0-9_-]{1,36}")  # what the exchange takes as a link id
+
+# %% ../nbs/04_ports.ipynb #714b76e5
+@dataclass(frozen=True, slots=True)
+class OrderRequest:
+    "An order as it is sent."
+
+    link_id: str  # our name for it, never used twice
+    symbol: str
+    side: Side
+    order_type: OrderType
+    quantity: Decimal  # base units, above 0
+    price: Decimal | None  # limit; None for a market order
+    time_in_force: TimeInForce
+    reduce_only: bool  # may only make a position smaller
+
+    def __post_init__(self) -> None:
+        _require_decimals(self, f"order {self.link_id} in {self.symbol}")
+        if not LINK_ID.fullmatch(self.link_id):
+            raise DataError(f"order in {self.symbol}: link id {self.link_id!r}; expected 1 to 36 of A-Z, a-z, 0-9, - and _")
+        if self.quantity == 0 or self.price == 0:
+            what = f"quantity {self.quantity} at {self.price}"
+            raise DataError(f"order {self.link_id} in {self.symbol}: {what}; expected both above 0")
+        if (self.price is None) != (self.order_type == "Market"):
+            raise DataError(f"order {self.link_id} in {self.symbol}: {self.order_type} with price {self.price}; "
+                            "expected a price for a limit order, and none for a market order")
+
+    @property
+    def signed_quantity(self) -> Decimal:
+        "What the position changes by when it fills, base units."
+        return self.quantity if self.side == "Buy" else -self.quantity
+
+# %% ../nbs/04_ports.ipynb #25dd8542
+@dataclass(frozen=True, slots=True)
+class Order:
+    "An order as the exchange tells it."
+
+    order_id: str  # the exchange's name for it
+    link_id: str  # ours; empty for an order that somebody else placed
+    symbol: str
+    side: Side
+    order_type: OrderType
+    quantity: Decimal  # as ordered, base units
+    price: Decimal | None
+    time_in_force: TimeInForce
+    reduce_only: bool
+    status: OrderStatus
+    filled_quantity: Decimal  # so far; may be above 0 in a cancelled order
+    average_price: Decimal | None  # of what was filled
+    reason: str  # why it was cancelled or rejected, in the exchange's words; else empty
+    created_ms: int
+    updated_ms: int
+
+    def __post_init__(self) -> None:
+        _require_decimals(self, f"order {self.order_id} in {self.symbol}")
+
+    @property
+    def is_open(self) -> bool:
+        "Whether it may still fill."
+        return self.status in OPEN_STATUSES
+
+# %% ../nbs/04_ports.ipynb #110832cf
+@dataclass(frozen=True, slots=True)
+class Fill:
+    "One execution of one order."
+
+    fill_id: str  # the exchange's, unique
+    order_id: str
+    link_id: str  # empty for an order that somebody else placed
+    symbol: str
+    side: Side
+    quantity: Decimal  # base units, above 0
+    price: Decimal  # quote currency
+    fee: Decimal  # quote currency; below 0: a rebate
+    is_maker: bool
+    time_ms: int
+
+    def __post_init__(self) -> None:
+        _require_decimals(self, f"fill {self.fill_id} in {self.symbol}", signed=("fee",))
+
+    @property
+    def signed_quantity(self) -> Decimal:
+        "What the position changed by, base units."
+        return self.quantity if self.side == "Buy" else -self.quantity
+
+# %% ../nbs/04_ports.ipynb #354b02f6
+@dataclass(frozen=True, slots=True)
+class Position:
+    "What is held of one symbol."
+
+    symbol: str
+    quantity: Decimal  # base units, short below 0, never 0
+    average_price: Decimal  # of the entries
+    mark_price: Decimal  # at which the exchange values it
+
+    def __post_init__(self) -> None:
+        _require_decimals(self, f"position in {self.symbol}", signed=("quantity",))
+
+    @property
+    def notional(self) -> Decimal:
+        "Signed value at the mark price, quote currency."
+        return self.quantity * self.mark_price
+
+    @property
+    def unrealized(self) -> Decimal:
+        "Gain since the entries, quote currency."
+        return self.quantity * (self.mark_price - self.average_price)
+
+# %% ../nbs/04_ports.ipynb #f1ecb9d9
+@dataclass(frozen=True, slots=True)
+class Account:
+    "What the account is worth."
+
+    equity: Decimal  # wallet and unrealised gains, quote currency; may fall below 0
+    wallet_balance: Decimal  # without unrealised gains, quote currency
+    available: Decimal  # margin that is free for new positions, quote currency, at least 0
+
+    def __post_init__(self) -> None:
+        _require_decimals(self, "account", signed=("equity", "wallet_balance"))
+
+
+LedgerKind = Literal["trade", "fee", "funding", "transfer"]
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    "One movement of the wallet."
+
+    entry_id: str  # the exchange's, unique
+    time_ms: int
+    kind: LedgerKind  # trade: a realised gain
+    symbol: str  # empty for a transfer
+    amount: Decimal  # quote currency, above 0 = received
+
+    def __post_init__(self) -> None:
+        _require_decimals(self, f"ledger entry {self.entry_id}", signed=("amount",))
+
+# %% ../nbs/04_ports.ipynb #10dad70a
+Outcome = Literal["accepted", "rejected", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    "What became of an order, or a cancellation, when it was sent."
+
+    outcome: Outcome
+    order_id: str = ""  # the exchange's, when accepted
+    reason: str = ""  # why it was not accepted
+
+# %% ../nbs/04_ports.ipynb #37201b0f
+@runtime_checkable
+class QuotePort(MarketDataPort, Protocol):
+    "Public market data and the best prices."
+
+    def fetch_tickers(self) -> Sequence[Ticker]:
+        "The ticker of every instrument that trades, ascending by symbol; one request."
+        ...
+
+# %% ../nbs/04_ports.ipynb #23bc6ede
+@runtime_checkable
+class ExchangePort(QuotePort, Protocol):
+    """One account at one exchange.
+
+    Promises of every implementation, beside those of `MarketDataPort` for every read:
+
+    - **Complete.** A list is read to its last page. One that could not be read whole is a `TransientError`, never a short list:
+      an account that looks flat because an answer was garbled is how a position gets bought twice.
+    - **Writes do not raise** for anything the exchange or the line did: they answer accepted, rejected or unknown. They are sent
+      once. `unknown` covers every case in which the order may have arrived.
+    - **Accepted is not filled.** A post-only order that would take is accepted, and cancelled afterwards.
+    - **Time.** Times are the exchange's. `fetch_fills` and `fetch_ledger` hold everything at or after `start_ms`, ascending;
+      asking again from the last time seen repeats entries, which their ids tell apart.
+    """
+
+    def fetch_time_ms(self) -> int:
+        "The exchange's clock, UTC ms."
+        ...
+
+    def fetch_account(self) -> Account:
+        "Equity, wallet and free margin."
+        ...
+
+    def fetch_positions(self) -> Sequence[Position]:
+        "All positions that are not flat, ascending by symbol."
+        ...
+
+    def fetch_open_orders(self) -> Sequence[Order]:
+        "All orders that may still fill, ours and others', ascending by creation."
+        ...
+
+    def find_order(
+        self,
+        symbol: str,
+        link_id: str,  # our name for it
+    ) -> Order | None:  # None only when the exchange has no such order, open or ended
+        "Look an order up by our own name."
+        ...
+
+    def fetch_fills(
+        self,
+        start_ms: int,  # first time wanted, UTC ms
+    ) -> Sequence[Fill]:
+        "Executions of all symbols, ascending by time."
+        ...
+
+    def fetch_ledger(
+        self,
+        start_ms: int,  # first time wanted, UTC ms
+    ) -> Sequence[LedgerEntry]:
+        "Movements of the wallet, ascending by time."
+        ...
+
+    def submit_order(
+        self,
+        request: OrderRequest,
+    ) -> Submission:
+        "Send an order, once."
+        ...
+
+    def cancel_order(
+        self,
+        symbol: str,
+        link_id: str,  # our name for it
+    ) -> Submission:  # rejected: it had ended already, or is not known
+        "Ask for an order to be cancelled, once; what it had filled by then, says `find_order`."
+        ...
+
+# %% ../nbs/04_ports.ipynb #d85ff688
+Decided_contra = TypeVar("Decided_contra", contravariant=True)
+
+
+class Recorder(Protocol[Decided_contra]):
+    "Keeps decisions."
+
+    def record(
+        self,
+        decided: Decided_contra,  # a decision with everything it was made from
+    ) -> None:
+        "Keep one decision; when this returns, it survives a power cut. An error here stops the cycle before anything is sent."
         ...
