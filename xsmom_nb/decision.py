@@ -20,7 +20,7 @@ from .market.panel import Panel
 from .ports import Account, Instrument, Order, Position, Ticker
 
 # %% auto #0
-__all__ = ['Snapshot', 'DayOfEquity', 'Memory', 'Verdict', 'Card', 'Decision', 'Decided', 'as_json', 'from_json',
+__all__ = ['Snapshot', 'DayOfEquity', 'Aim', 'Memory', 'Verdict', 'Card', 'Decision', 'Decided', 'as_json', 'from_json',
            'snapshot_as_json', 'snapshot_from_json']
 
 # %% ../nbs/50_decision.ipynb #e002cf62
@@ -53,11 +53,26 @@ class DayOfEquity:
 
 
 @dataclass(frozen=True)
+class Aim:
+    "Where the orders of a symbol lead, while they have not filled; signed quantities."
+
+    wanted: Decimal
+    held: Decimal  # when it was last looked at
+
+    def continues(
+        self,
+        held: Decimal,  # signed quantity now
+    ) -> bool:
+        "Whether the position is still on its way, so that nobody else has acted on it."
+        return min(self.held, self.wanted) <= held <= max(self.held, self.wanted)
+
+
+@dataclass(frozen=True)
 class Memory:
     "What one decision leaves for the next."
 
     last_row_ms: int | None = None  # open time of the last row decided; None: nothing was decided yet
-    unfinished: Mapping[str, Decimal] = field(default_factory=dict)  # signed quantity that each unfilled order was to reach
+    unfinished: Mapping[str, Aim] = field(default_factory=dict)  # by symbol, what has not been reached yet
     days: tuple[DayOfEquity, ...] = ()  # of the last 30 days, ascending
 
 # %% ../nbs/50_decision.ipynb #d7227134
@@ -132,12 +147,13 @@ def as_json(
     record: Memory | Decision,
 ) -> dict[str, Any]:  # plain JSON
     "A record as JSON."
-    content: dict[str, Any] = _adapter(type(record)).dump_python(record, mode="json")
+    kind: Any = type(record)
+    content: dict[str, Any] = _adapter(kind).dump_python(record, mode="json")
     return content
 
 # %% ../nbs/50_decision.ipynb #f641bd4f
 def from_json(
-    kind: type[Any],  # Memory or Decision
+    kind: Any,  # Memory or Decision
     content: Mapping[str, Any],  # as `as_json` gives it
 ) -> Any:
     "Read a record back; raises `DataError` naming the field that does not fit."

@@ -17,7 +17,8 @@ from .sections import Bars, BasisPoints, Contradiction, Fraction, Percent, Secti
 # %% auto #0
 __all__ = ['Policy', 'Multipliers', 'Day', 'Stage', 'DrawdownStepDown', 'RegimeFlip', 'NoProgress', 'CircuitBreaker', 'Risk',
            'Throttle', 'DynamicOffset', 'Imbalance', 'Execution', 'Costs', 'Backtest', 'Quality', 'holds_password',
-           'Live', 'Stress', 'Gate', 'Optimizer', 'Rollout', 'Meta', 'Runs', 'Route', 'Notify', 'Paths', 'Logging']
+           'Live', 'Paper', 'Stress', 'Gate', 'Optimizer', 'Rollout', 'Meta', 'Runs', 'Route', 'Notify', 'Paths',
+           'Logging']
 
 # %% ../nbs/03b_operations.ipynb #4952379f
 class DrawdownStepDown(Section):
@@ -189,6 +190,7 @@ class Live(Section):
         "auto", description="bars the cycle loads; auto: enough for every average to forget its start"
     )
     bar_wait_seconds: float = Field(30.0, ge=0, le=3600, description="how long a cycle waits for a missing bar, seconds")
+    max_ticker_age_seconds: float = Field(60.0, gt=0, le=3600, description="age from which a price is not traded on, seconds")
     guard_seconds: float = Field(2.0, gt=0, le=60, description="time between two looks of the guard, seconds")
     state_url: str = Field("sqlite:///state/xsmom.sqlite", min_length=1, description="database of the state, an SQLAlchemy URL")
     drift_alarm_pct: Percent = Field(20.0, description="held against target book: difference that alarms, % of gross")
@@ -199,6 +201,21 @@ class Live(Section):
         "No password in a config."
         if holds_password(self.state_url):
             yield ("state_url",), "a URL without a password; give the database its own way, for instance PGPASSWORD"
+
+# %% ../nbs/03b_operations.ipynb #7a34910a
+class Paper(Section):
+    "The exchange that takes no money."
+
+    account_url: str = Field("sqlite:///state/paper.sqlite", min_length=1, description="database of the account, an SQLAlchemy URL")
+    initial_equity: float = Field(10_000.0, gt=0, le=1e12, description="what a new account starts with, USDT")
+    seed: int = Field(0, ge=0, le=4_294_967_295, description="of the draws of a new account; a file keeps the one it was made with")
+    participation: float = Field(0.1, gt=0, le=1, description="largest share of a bar's volume that one order fills")
+    spread_bps: float = Field(2.0, ge=0, le=1000, description="width of the book around the last price, bps; at least one tick")
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        "No password in a config."
+        if holds_password(self.account_url):
+            yield ("account_url",), "a URL without a password; give the database its own way, for instance PGPASSWORD"
 
 # %% ../nbs/03b_operations.ipynb #ee853ad9
 Multipliers = tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]]  # (lowest, highest)

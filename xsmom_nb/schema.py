@@ -25,6 +25,7 @@ from xsmom_nb.operations import (
     Meta,
     Notify,
     Optimizer,
+    Paper,
     Paths,
     Quality,
     Risk,
@@ -71,6 +72,7 @@ class Config(Section):
     backtest: Backtest = Field(default_factory=Backtest)
     quality: Quality = Field(default_factory=Quality)
     live: Live = Field(default_factory=Live)
+    paper: Paper = Field(default_factory=Paper)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     rollout: Rollout = Field(default_factory=Rollout)
     meta: Meta = Field(default_factory=Meta)

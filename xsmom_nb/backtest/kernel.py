@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIDE', 'ENTRY_ROW', 'EXIT_ROW', 'SYMBOL', 'REASON', 'BOUGHT', 'SOLD', 'PAID_IN', 'PAID_OUT', 'FEES', 'SLIPPAGE',
            'FUNDING', 'TRADE_FIELDS', 'EXIT_REASONS', 'OPEN', 'REBALANCE', 'DELISTED', 'RUIN', 'Rules', 'trading_rules',
-           'Book', 'empty_book', 'mark_row', 'record_fill', 'wanted_share', 'trade_row', 'Series', 'empty_series',
-           'settle_open_trades', 'run_kernel']
+           'Book', 'empty_book', 'mark_row', 'record_fill', 'trade_row', 'Series', 'empty_series', 'settle_open_trades',
+           'run_kernel']
 
 # %% ../../nbs/backtest/00_kernel.ipynb #c943f28b
 from typing import NamedTuple
@@ -16,9 +16,9 @@ import numpy as np
 from ..compiled import njit
 from ..config import Config
 from ..exchange.fills import blended_fee_bps, funding_payment, slippage_bps
-from ..risk.overlays import cap_notional
+from ..risk.overlays import wanted_share
 from ..strategy.core import Market, Memory, Parameters, core_row, remember_row
-from ..strategy.turnover import is_rebalance_row, rebalanced_share, without_entry
+from ..strategy.turnover import is_rebalance_row
 
 # %% ../../nbs/backtest/00_kernel.ipynb #f8ffcc60
 class Rules(NamedTuple):
@@ -142,19 +142,6 @@ def record_fill(
 
 # %% ../../nbs/backtest/00_kernel.ipynb #a156a024
 @njit
-def wanted_share(
-    current: float,  # drifted share of equity
-    target: float,  # the core's weight
-    equity: float,  # before costs
-    may_enter: bool,
-    rules: Rules,
-) -> float:
-    "The share of one symbol after a rebalance row: money cap, band, trade rate, permission to enter."
-    share = rebalanced_share(current, cap_notional(target, equity, rules.max_notional), rules.trade_rate, rules.band)
-    return share if may_enter else without_entry(current, share)
-
-# %% ../../nbs/backtest/00_kernel.ipynb #ad912ab2
-@njit
 def trade_row(
     t: int,
     close: np.ndarray,  # shape (N,)
@@ -180,7 +167,8 @@ def trade_row(
         if dead:
             share, reason = 0.0, DELISTED
         elif rebalancing and volume[i] > 0.0:
-            share = wanted_share(current, targets[i], equity, may_enter, rules)
+            share = wanted_share(
+                current, targets[i], equity, may_enter, rules.max_notional, rules.trade_rate, rules.band)
         if share == current:
             continue
         notional = np.abs(share - current) * equity

@@ -16,7 +16,8 @@ from ..clock import format_utc, timeframe_ms
 from ..errors import DataError, UsageError, nearest_name
 
 # %% auto #0
-__all__ = ['FIELDS', 'times_ms', 'bar_arrays', 'settlements', 'funding_by_bar', 'Panel', 'resample']
+__all__ = ['FIELDS', 'times_ms', 'bar_arrays', 'whole_minutes', 'settlement_rows', 'settlements', 'funding_by_bar', 'Panel',
+           'resample']
 
 # %% ../../nbs/market/00_panel.ipynb #137a9f81
 FIELDS = ("open", "high", "low", "close", "volume")  # the numbers of a bar, in the order files keep them
@@ -88,6 +89,22 @@ def bar_arrays(
     return times, values
 
 # %% ../../nbs/market/00_panel.ipynb #acbcee27
+def whole_minutes(
+    times_ms: np.ndarray,  # int64, UTC ms
+) -> np.ndarray:  # int64, UTC ms
+    "Times rounded to the minute; exchanges note a settlement some milliseconds late."
+    return (times_ms + 30_000) // 60_000 * 60_000
+
+
+def settlement_rows(
+    minutes: np.ndarray,  # int64, times of settlements on whole minutes, UTC ms
+    first_ms: int,  # open time of row 0
+    step_ms: int,  # the timeframe
+) -> np.ndarray:  # int64; outside the panel where a settlement is
+    "The row in which a settlement counts: that of the bar with open < settlement ≤ open + timeframe."
+    return (minutes - first_ms - 1) // step_ms
+
+# %% ../../nbs/market/00_panel.ipynb #d97ad156
 def settlements(
     symbol: str,  # for the messages
     frame: pd.DataFrame,  # columns `timestamp` (settlement) and `funding_rate` (fraction), ascending
@@ -97,7 +114,7 @@ def settlements(
     if absent:
         found = list(frame.columns)
         raise DataError(f"{symbol}: funding has no column `{absent[0]}` among {found}; expected timestamp, funding_rate")
-    minutes = (times_ms(symbol, frame["timestamp"]) + 30_000) // 60_000 * 60_000
+    minutes = whole_minutes(times_ms(symbol, frame["timestamp"]))
     _check_grid(f"{symbol} funding", minutes, 60_000)
     rates = frame["funding_rate"].to_numpy(np.float64)
     wrong = np.flatnonzero(~np.isfinite(rates))
@@ -115,7 +132,7 @@ def funding_by_bar(
 ) -> np.ndarray:  # float64, shape (T,): sum of the rates settled in each bar, 0 where none was
     "Sum of the funding rates settled in (open, open + timeframe] of each bar."
     minutes, rates = settlements(symbol, frame)
-    row = (minutes - first_ms - 1) // step_ms
+    row = settlement_rows(minutes, first_ms, step_ms)
     inside = (row >= 0) & (row < count)
     return np.bincount(row[inside], weights=rates[inside], minlength=count).astype(np.float64)
 

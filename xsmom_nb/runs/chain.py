@@ -375,7 +375,7 @@ def settle(
     return sealed
 
 # %% ../../nbs/runs/00b_chain.ipynb #2ef238a4
-KEPT_WHEN_PRUNED = ("outputs/decision.json",)
+KEPT_WHEN_PRUNED = ("outputs/decision.json", "outputs/decisions.jsonl")
 
 
 def prune_run(

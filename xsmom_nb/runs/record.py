@@ -27,6 +27,7 @@ from ..clock import Clock, SystemClock, format_stamp, format_utc
 from ..config import Config, load_config, to_yaml
 from ..errors import RunError
 from xsmom_nb.files import (
+    append_line,
     canonical_json,
     file_error,
     locked,
@@ -273,6 +274,17 @@ class RunFolder(_Folder):
         "Keep a value as canonical JSON."
         path = self._target(part, name, ".json")
         write_atomically(path, canonical_json(value) + b"\n")
+        return path
+
+    def append_json(
+        self,
+        name: str,  # "decisions" becomes outputs/decisions.jsonl
+        value: Any,  # what canonical JSON takes
+        part: Part = "outputs",
+    ) -> Path:
+        "Keep a value as one more line of canonical JSON."
+        path = self._target(part, name, ".jsonl")
+        append_line(path, canonical_json(value))
         return path
 
     def write_frame(

@@ -19,7 +19,7 @@ from .record import is_running, read_manifest, run_files
 from ..state import ChainHead, State
 
 # %% auto #0
-__all__ = ['Problem', 'Verification', 'verify']
+__all__ = ['Problem', 'Verification', 'verify', 'chain_entries', 'verify_run']
 
 # %% ../../nbs/runs/00c_verify.ipynb #ccd2bacf
 @dataclass(frozen=True)
@@ -250,3 +250,28 @@ def _judge_stranger(folder: Path, has_manifest: bool, found: Verification) -> No
         found.notes.append(f"{place} is running")
     else:
         found.notes.append(f"{place} was killed; the next run seals it as aborted")
+
+# %% ../../nbs/runs/00c_verify.ipynb #4499246e
+def chain_entries(
+    folder: Path,  # of a run
+) -> list[Entry]:  # its sealing, and its pruning if there was one
+    "The lines of the chain that speak of one run."
+    found = (parse_entry(line) for line in read_chain(folder.parents[1])[0] if folder.name.encode() in line)
+    return [entry for entry in found if entry is not None and entry.run_id == folder.name]
+
+# %% ../../nbs/runs/00c_verify.ipynb #18295cd9
+def verify_run(
+    folder: Path,  # of a sealed run
+) -> Verification:
+    "Check one run: its manifest, every kept file and its line in the chain, but not the chain as a whole."
+    found, entries = Verification(runs=1), chain_entries(folder)
+    sealed = next((entry for entry in entries if entry.entry == "run"), None)
+    place = f"{folder.parent.name}/{folder.name}"
+    if sealed is None:
+        _judge_stranger(folder, (folder / "manifest.json").exists(), found)
+        return found
+    _check_manifest(folder, sealed, None, None, f"{place}/manifest.json", found)
+    if found.ok:
+        removed = {name: digest for entry in entries for name, digest in entry.removed.items()}
+        _check_files(folder, removed, place, folder.name, found)
+    return found

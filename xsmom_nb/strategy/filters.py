@@ -83,8 +83,17 @@ class Filter(NamedTuple):
     feature: Callable[[Panel, Config], np.ndarray]  # shape (T, N), row t known at the close of t
     parameters: Callable[[Config], tuple[float, float]]  # what the row rule takes
     history_bars: Callable[[Config], int]  # bars until the feature is what a longer history would give
+    rule: Callable[[Config], str]  # in words, with its numbers
 
 # %% ../../nbs/strategy/02_filters.ipynb #7dd668ec
+def _regime_rule(config: Config) -> str:
+    "The regime filter in words."
+    limit = f"{config.filters.regime.slope_min_bps_per_day:g} bps a day"
+    if config.filters.regime.mode == "absolute":
+        return f"|slope| ≥ {limit}"
+    return f"slope ≥ {limit} for a long, ≤ minus that for a short"
+
+# %% ../../nbs/strategy/02_filters.ipynb #66a5c7ab
 REGIME, ADX = 0, 1
 REGISTRY: tuple[Filter, ...] = (
     Filter(
@@ -93,12 +102,14 @@ REGISTRY: tuple[Filter, ...] = (
             panel.close, config.filters.regime.ema_len, config.filters.regime.slope_bars, bars_per_day(panel.timeframe)),
         parameters=lambda config: (REGIME_MODES[config.filters.regime.mode], config.filters.regime.slope_min_bps_per_day),
         history_bars=lambda config: 12 * config.filters.regime.ema_len + config.filters.regime.slope_bars,
+        rule=_regime_rule,
     ),
     Filter(
         name="adx",
         feature=lambda panel, config: adx(panel.high, panel.low, panel.close, config.filters.adx.len),
         parameters=lambda config: (config.filters.adx.min_adx, float(config.filters.adx.require_rising)),
         history_bars=lambda config: 40 * config.filters.adx.len,
+        rule=lambda config: f"ADX ≥ {config.filters.adx.min_adx:g}" + (", rising" if config.filters.adx.require_rising else ""),
     ),
 )
 
