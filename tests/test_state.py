@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import get_args
@@ -159,7 +160,8 @@ def test_locked_file_is_an_error_after_the_timeout(state, tmp_path):
     with open_state(URL, base=tmp_path, busy_timeout_seconds=0.3) as waiting:
         with state.write():
             begin = time.monotonic()
-            with pytest.raises(StateError, match=r"state\.sqlite is locked by another process .*end it if it hangs"), waiting.write():
+            refusal = r"state\.sqlite is locked by another process .*end it if it hangs"
+            with pytest.raises(StateError, match=refusal), waiting.write():
                 pytest.fail("the lock was given twice")
             assert 0.25 < time.monotonic() - begin < 5
             with pytest.raises(StateError, match="is locked"):
@@ -227,13 +229,11 @@ def test_released_migrations_were_not_edited():
 
 def test_tables_know_the_words_of_the_ports(state):
     "What a record of the ports may say, its table must take."
+    order = "INSERT INTO orders VALUES (:id, '', 'BTCUSDT', :side, 'Limit', '1', '1', 'GTC', 0, :status, '0', NULL, '', 0, 0)"
     with state.write() as connection:
-        for n, status in enumerate(get_args(OrderStatus)):
+        for status in get_args(OrderStatus):
             for side in get_args(Side):
-                connection.execute(
-                    sql("INSERT INTO orders VALUES (:id, '', 'BTCUSDT', :side, 'Limit', '1', '1', 'GTC', 0, :status, '0', NULL, '', 0, 0)"),
-                    {"id": f"{n}{side}", "side": side, "status": status},
-                )
+                connection.execute(sql(order), {"id": f"{status} {side}", "side": side, "status": status})
         for kind in get_args(LedgerKind):
             connection.execute(sql("INSERT INTO ledger VALUES (:kind, 0, :kind, '', '1')"), {"kind": kind})
     assert check(state) == []
@@ -266,7 +266,7 @@ def test_damaged_file_is_refused(tmp_path, place):
     offset = place if isinstance(place, int) else int(len(content) * place) // 4096 * 4096
     content[offset : offset + 64] = bytes(byte ^ 0xFF for byte in content[offset : offset + 64])
     file.write_bytes(content)
-    with pytest.raises(StateError, match=r"state\.sqlite (is damaged .*restore the newest backup|cannot be)"):
+    with pytest.raises(StateError, match=r"state\.sqlite is damaged .*restore the newest backup"):
         open_state(URL, base=tmp_path)
     assert file.read_bytes() == content  # nothing repaired by guessing
 
@@ -379,10 +379,25 @@ def test_trader_that_lost_its_lease_can_send_nothing_more(state):
         assert [found.holder for found in read_leases(connection)] == ["xsmom-far"]  # nor does it take away what is not its own
 
 
+def test_without_a_file_to_lock_the_row_decides(state):
+    "A state on a server: there is nothing to lock, so we look for the process."
+    server = replace(state, folder=None)
+    ended = python("")
+    ended.communicate()
+    with hold_lease(server, "trader", CODE, NOTEBOOKS):
+        with pytest.raises(RefusedError, match=f"process {os.getpid()} on host .*`kill {os.getpid()}`"):
+            hold_lease(server, "trader", CODE, NOTEBOOKS).__enter__()
+        with state.write() as connection:
+            connection.execute(sql("UPDATE lease SET pid = :pid"), {"pid": ended.pid})
+        with hold_lease(server, "trader", CODE, NOTEBOOKS) as lease:
+            assert lease.pid == os.getpid()
+
+
 def test_roles_of_different_code_are_refused(state):
-    with hold_lease(state, "guard", CODE, NOTEBOOKS), hold_lease(state, "trader", CODE, "ef" * 32) as lease:
-        with pytest.raises(RefusedError, match="the guard runs notebooks cdcdcdcdcdcd against our efefefefefef"):
-            require_same_code(state, lease)
+    refusal = "the guard runs notebooks cdcdcdcdcdcd against our efefefefefef"
+    with (hold_lease(state, "guard", CODE, NOTEBOOKS), hold_lease(state, "trader", CODE, "ef" * 32) as lease,
+          pytest.raises(RefusedError, match=refusal)):  # fmt: skip
+        require_same_code(state, lease)
     with hold_lease(state, "trader", CODE, "ef" * 32) as lease:
         require_same_code(state, lease)
 

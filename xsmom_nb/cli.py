@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import __version__, baseline, cli_config, cli_data, cli_launch, cli_runs
+from . import __version__, baseline, cli_config, cli_data, cli_launch, cli_runs, cli_state
 from .console import examples, new_app, print_facts, print_json
 from .options import JsonOption
 
@@ -29,6 +29,7 @@ for room in (baseline, cli_launch):
 app.add_typer(cli_runs.app, name="runs")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_config.app, name="config")
+app.add_typer(cli_state.app, name="state")
 
 # %% ../nbs/97_cli.ipynb #e6ed1e69
 def _print_version(wanted: bool) -> None:

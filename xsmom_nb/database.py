@@ -79,8 +79,9 @@ def _begin(
     reading = connection.get_execution_options().get("only_reads", False)
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
-    elif connection.dialect.name == "postgresql" and not reading:
-        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7401)")
+    elif connection.dialect.name == "postgresql":
+        only_reads = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"  # else each statement sees a moment of its own
+        connection.exec_driver_sql(only_reads if reading else "SELECT pg_advisory_xact_lock(7401)")
 
 # %% ../nbs/10_database.ipynb #c26b9eb7
 def _make_engine(

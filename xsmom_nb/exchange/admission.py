@@ -9,7 +9,7 @@ from decimal import Decimal
 
 from .books import Books
 from .books import account_of
-from .books import exposure
+from .books import exposures
 from ..ports import Instrument
 from ..ports import OrderRequest
 from ..ports import Ticker
@@ -80,8 +80,7 @@ def _account_refusal(
             return None
         side = "flat" if not held else "on the same side"
         return f"110017 Reduce-only rule not satisfied: the position in {request.symbol} is {side}"
-    buys, sells = (request.quantity, Decimal(0)) if request.side == "Buy" else (Decimal(0), request.quantity)
-    added = exposure(books, request.symbol, buys, sells) - exposure(books, request.symbol)
+    added = exposures(books, request)[request.symbol] - exposures(books).get(request.symbol, Decimal(0))
     needed, available = added * _expected_price(request, ticker) / leverage, account_of(books, leverage).available
     if added > 0 and needed > available:
         return f"110007 ab not enough for new order: needs {needed:.8f} of margin, {available:.8f} is available"

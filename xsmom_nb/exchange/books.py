@@ -5,23 +5,27 @@
 # %% ../../nbs/exchange/00b_books.ipynb #129c09fb
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
 from decimal import Decimal
 
+from ..clock import format_utc
+from ..errors import DataError
 from .fills import funding_payment
 from ..ports import Account
 from ..ports import Fill
 from ..ports import FundingRate
 from ..ports import LedgerEntry
 from ..ports import Order
+from ..ports import OrderRequest
 from ..ports import Position
 
 # %% auto #0
 __all__ = ['ZERO', 'Event', 'Holding', 'traded', 'Books', 'Step', 'with_holding', 'with_order', 'posted', 'deposited', 'fee_of',
-           'filled', 'settled', 'exposure', 'account_of', 'marked', 'positions_of']
+           'filled', 'settled', 'exposures', 'account_of', 'marked', 'positions_of']
 
 # %% ../../nbs/exchange/00b_books.ipynb #d7797c9b
 ZERO = Decimal(0)
@@ -36,6 +40,10 @@ class Holding:
     mark: Decimal  # last known price
     next_open_ms: int  # open of the first bar that has not been looked at, UTC ms
     next_settlement_ms: int  # first time from which settlements have not been looked at, UTC ms
+
+    def at(self, mark: Decimal) -> Holding:
+        "The same holding at another price."
+        return self if mark is self.mark else Holding(self.quantity, self.cost, mark, self.next_open_ms, self.next_settlement_ms)
 
     @property
     def average_price(self) -> Decimal:
@@ -166,6 +174,9 @@ def settled(
     booked_ms: int,  # when the books hear of it, UTC ms
 ) -> Step:
     "Books after funding was settled."
+    if not math.isfinite(settlement.rate):
+        when = format_utc(settlement.time_ms)
+        raise DataError(f"{symbol} at {when}: funding rate is {settlement.rate}; expected a finite fraction; leave it out")
     holding = books.holdings[symbol]
     books = with_holding(books, symbol, replace(holding, next_settlement_ms=settlement.time_ms + 1))
     paid = funding_payment(float(holding.quantity * holding.mark), settlement.rate)
@@ -175,20 +186,23 @@ def settled(
     return posted(books, LedgerEntry(f"funding-{symbol}-{settlement.time_ms}", booked_ms, "funding", symbol, amount))
 
 # %% ../../nbs/exchange/00b_books.ipynb #f120187d
-def exposure(
+def exposures(
     books: Books,
-    symbol: str,
-    more_buys: Decimal = ZERO,  # of an order that is being considered, base units
-    more_sells: Decimal = ZERO,
-) -> Decimal:  # base units, at least 0
-    "The largest position that the open orders of a symbol could bring about."
-    held = books.holdings[symbol].quantity if symbol in books.holdings else ZERO
-    for order in books.orders.values():
-        if order.symbol == symbol and not order.reduce_only:
-            waiting = order.quantity - order.filled_quantity
-            more_buys += waiting if order.side == "Buy" else ZERO
-            more_sells += waiting if order.side == "Sell" else ZERO
-    return max(abs(held + more_buys), abs(held - more_sells))
+    request: OrderRequest | None = None,  # an order that is being considered, as if it were open
+) -> dict[str, Decimal]:  # by symbol of the books and the request; base units, at least 0
+    "The largest position that the open orders of each symbol could bring about."
+    longest = {symbol: holding.quantity for symbol, holding in books.holdings.items()}
+    if request:
+        longest.setdefault(request.symbol, ZERO)
+    shortest = dict(longest)
+    waiting = [(order, order.quantity - order.filled_quantity) for order in books.orders.values()]
+    for order, quantity in [*waiting, (request, request.quantity)] if request else waiting:
+        if not order.reduce_only:
+            if order.side == "Buy":
+                longest[order.symbol] += quantity
+            else:
+                shortest[order.symbol] -= quantity
+    return {symbol: max(abs(quantity), abs(shortest[symbol])) for symbol, quantity in longest.items()}
 
 
 def account_of(
@@ -197,7 +211,7 @@ def account_of(
 ) -> Account:
     "Equity, wallet and free margin at the marks of the books."
     equity = books.wallet + sum((holding.unrealized for holding in books.holdings.values()), ZERO)
-    margin = sum((exposure(books, symbol) * holding.mark for symbol, holding in books.holdings.items()), ZERO) / leverage
+    margin = sum((largest * books.holdings[symbol].mark for symbol, largest in exposures(books).items()), ZERO) / leverage
     return Account(equity, books.wallet, max(equity - margin, ZERO))
 
 # %% ../../nbs/exchange/00b_books.ipynb #ee2611a6
@@ -206,7 +220,7 @@ def marked(
     prices: Mapping[str, Decimal],  # by symbol; one without a price keeps its mark
 ) -> Books:
     "The same books at other prices."
-    holdings = {symbol: replace(h, mark=prices.get(symbol, h.mark)) for symbol, h in books.holdings.items()}
+    holdings = {symbol: holding.at(prices.get(symbol, holding.mark)) for symbol, holding in books.holdings.items()}
     return replace(books, holdings=holdings)
 
 

@@ -247,8 +247,9 @@ def matched(
             step = step.then(_rest(step.books, order, bar, instrument, venue, max(close_ms, reached_ms)))
     if symbol not in step.books.holdings:
         return step
-    seen = replace(step.books.holdings[symbol], mark=Decimal(repr(float(bar.close))), next_open_ms=close_ms)
-    return replace(step, books=with_holding(step.books, symbol, seen))
+    held = step.books.holdings[symbol]
+    seen = Holding(held.quantity, held.cost, Decimal(repr(float(bar.close))), close_ms, held.next_settlement_ms)
+    return Step(with_holding(step.books, symbol, seen), step.events)
 
 
 def _rest(

@@ -28,11 +28,12 @@ from .chain import load_sign_key, seal, settle
 from .page import notebook_library, write_page
 from .parameters import check_parameters, find_notebook, parameter_model
 from .provenance import collect_provenance
-from .record import Manifest, OpenRun, Status, begin_run, redacted
+from .record import Manifest, OpenRun, RunFolder, Status, begin_run, redacted
 from ..state import State, open_state
 
 # %% auto #0
-__all__ = ['Run', 'RunFailed', 'Ending', 'Interrupted', 'execute_notebook', 'find_project', 'secret_values', 'execute_run']
+__all__ = ['Run', 'RunFailed', 'Ending', 'Interrupted', 'execute_notebook', 'find_project', 'secret_values', 'keep_run',
+           'execute_run']
 
 # %% ../../nbs/runs/01_execute.ipynb #db0079e4
 @dataclass(frozen=True)
@@ -394,6 +395,37 @@ def _conclude(
     return ended
 
 # %% ../../nbs/runs/01_execute.ipynb #1847414b
+def keep_run(
+    kind: str,  # under which it is filed, as in "backtest"
+    parameters: Mapping[str, Any],  # validated
+    config: Config,  # the effective config
+    work: Callable[[RunFolder], Ending],  # what is to be done, given the folder of the run
+    *,
+    project: Path,  # the working tree, where relative paths start
+    notebook: Path | None = None,  # that the work executes
+    root: Path | None = None,  # folder of all runs; None: `runs.root` of the config
+    state: State | None = None,  # None: the store of `live.state_url`
+    secrets: Mapping[str, str] | None = None,  # value of each secret by its name; None: from the environment and `.env`
+    clock: Clock | None = None,  # None: the system's
+) -> Run:
+    "Do something as an audited run; raises `RunFailed` when it fails."
+    root = project / (root or config.runs.root)
+    known = secret_values(load_secrets(project / ".env")) if secrets is None else dict(secrets)
+    sign_key = load_sign_key(project / config.runs.sign_key) if config.runs.sign_key else None
+    with ExitStack() as stack:
+        store = state or stack.enter_context(open_state(config.live.state_url, base=project))
+        settle(root, state=store, secrets=known, sign_key=sign_key, before_seal=_keep_page)
+        run = begin_run(root, kind, parameters, config, collect_provenance(project, notebook, config), known, clock)
+        stack.callback(run.release)
+        close = stack.enter_context(_interruptible())
+        try:
+            ending = work(run.folder)
+            close()
+        except Interrupted as signal_name:
+            ending = Ending("aborted", f"the run was interrupted by {signal_name}", 1)
+        return _conclude(run, ending, state=store, secrets=known, sign_key=sign_key, clock=clock)
+
+# %% ../../nbs/runs/01_execute.ipynb #3c7dd03c
 def execute_run(
     name: str,  # the scheduled notebook, as in "backtest"
     parameters: Mapping[str, Any],  # checked against the notebook before anything starts
@@ -408,25 +440,16 @@ def execute_run(
     progress: bool = True,  # show on the error stream how far it is
 ) -> Run:
     "Execute a scheduled notebook as an audited run; raises `UsageError` before it starts and `RunFailed` when it fails."
-    project = (project or find_project()).resolve()
-    notebook = find_notebook(name, scheduled_dir or project / "scheduled")
+    tree = (project or find_project()).resolve()
+    notebook = find_notebook(name, scheduled_dir or tree / "scheduled")
     model, reserved = parameter_model(notebook)
     checked = check_parameters(name, model, parameters)
-    root = project / (root or config.runs.root)
-    known = secret_values(load_secrets(project / ".env")) if secrets is None else dict(secrets)
-    sign_key = load_sign_key(project / config.runs.sign_key) if config.runs.sign_key else None
-    with ExitStack() as stack:
-        store = state or stack.enter_context(open_state(config.live.state_url, base=project))
-        settle(root, state=store, secrets=known, sign_key=sign_key, before_seal=_keep_page)
-        on_cell = stack.enter_context(_progress(name, progress))
-        run = begin_run(root, name, checked, config, collect_provenance(project, notebook, config), known, clock)
-        stack.callback(run.release)
-        close = stack.enter_context(_interruptible())
-        injected = {**checked, **({"run_dir": str(run.folder.path)} if "run_dir" in reserved else {})}
-        deadline = time.monotonic() + config.runs.time_limit_seconds
-        try:
-            ending = execute_notebook(_Job(notebook, run.folder.path / "notebook.ipynb", injected, project, deadline, on_cell))
-            close()
-        except Interrupted as signal_name:
-            ending = Ending("aborted", f"the run was interrupted by {signal_name}", 1)
-        return _conclude(run, ending, state=store, secrets=known, sign_key=sign_key, clock=clock)
+    with _progress(name, progress) as on_cell:
+
+        def work(folder: RunFolder) -> Ending:
+            injected = {**checked, **({"run_dir": str(folder.path)} if "run_dir" in reserved else {})}
+            deadline = time.monotonic() + config.runs.time_limit_seconds
+            return execute_notebook(_Job(notebook, folder.path / "notebook.ipynb", injected, tree, deadline, on_cell))
+
+        return keep_run(name, checked, config, work, project=tree, notebook=notebook, root=root, state=state, secrets=secrets,
+                        clock=clock)

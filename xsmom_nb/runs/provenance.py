@@ -108,7 +108,7 @@ def platform_name() -> str:  # as in "Linux-x86_64-glibc2.36"
 # %% ../../nbs/runs/00a_provenance.ipynb #84d8b842
 def collect_provenance(
     project: Path,  # folder of the working tree
-    notebook: Path,  # the scheduled notebook
+    notebook: Path | None,  # the scheduled notebook; None: the run executes none
     config: Config,
 ) -> Provenance:
     "Everything that stands behind a run that starts now."
@@ -122,7 +122,7 @@ def collect_provenance(
         git=git_state(project),
         package_version=package_version,
         code_digest=source_digest(),
-        notebook_digest=sha256_file(notebook),
+        notebook_digest=sha256_file(notebook) if notebook else None,
         config_digest=config_digest(config),
         lock_digest=sha256_file(lock) if lock.is_file() else None,
         python=platform.python_version(),
