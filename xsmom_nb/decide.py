@@ -133,19 +133,36 @@ def _rebalanced(
     share = wanted_share(current, target, float(equity), row.may_enter, config.sizing.max_notional_per_asset,
                          config.execution.trade_rate, config.execution.rebalance_band)
     if share == current:
-        return facts.held, _why_unchanged(current, target, row, config)
+        return facts.held, _why_unchanged(current, row, facts.column, config)
     return quantity_for(share, equity, facts.ticker.mark, facts.instrument), ""
 
 # %% ../nbs/51_decide.ipynb #73355828
+def _why_no_target(
+    row: CoreRow,
+    i: int,  # column
+) -> str:
+    "Why the core gives a symbol no weight."
+    if not row.ranked[i]:
+        return "it is not in the universe" if not row.members[i] else "its price does not move"
+    if row.removed[i] >= 0:
+        return f"removed by {row.filters[row.removed[i]].name}"
+    if row.rank[i] == 0:
+        return f"its score of {row.z[i]:+.2f} is no entry on a side that is open to it"
+    if row.rank[i] > row.names_per_side:
+        return f"rank {row.rank[i]} of its side, {row.names_per_side} are taken"
+    return "the other side is empty, or its weight is dust"
+
+
 def _why_unchanged(
     current: float,  # share of equity held
-    target: float,  # the core's weight
     row: CoreRow,
+    i: int,  # column
     config: Config,
 ) -> str:
     "Why a rebalance row leaves a symbol as it is."
+    target = float(row.weights[i])
     if target == 0.0 and current == 0.0:
-        return "not wanted, not held"
+        return f"not wanted: {_why_no_target(row, i)}"
     if not row.may_enter and abs(target) > abs(current):
         return f"no order: the filters allow no new entries (holds {current:.2%}, target {target:.2%})"
     band = config.execution.rebalance_band

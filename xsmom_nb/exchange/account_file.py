@@ -81,7 +81,7 @@ def as_row(
     values = ((name, getattr(record, name)) for name in _columns(kind))
     return {name: str(value) if isinstance(value, Decimal) else value for name, value in values} | more
 
-
+# %% ../../nbs/exchange/02b_account_file.ipynb #7cea2c1b
 @functools.cache
 def _columns(
     kind: Any,  # a record whose fields are annotated as text
@@ -91,7 +91,7 @@ def _columns(
         "Decimal": Decimal, "bool": bool, "Decimal | None": lambda value: None if value is None else Decimal(value)}
     return {field.name: readers.get(field.type, lambda value: value) for field in fields(kind)}
 
-
+# %% ../../nbs/exchange/02b_account_file.ipynb #5046c111
 def from_row(
     kind: Any,  # of the record: Order, Fill, LedgerEntry, Holding
     row: Any,  # with the record's fields as columns
@@ -99,7 +99,7 @@ def from_row(
     "A row as a record."
     return kind(**{name: read(getattr(row, name)) for name, read in _columns(kind).items()})
 
-
+# %% ../../nbs/exchange/02b_account_file.ipynb #8763c588
 @contextmanager
 def readable(
     location: str,  # the file, as a message names it
@@ -119,7 +119,7 @@ def version_of(
     found = connection.execute(sql("SELECT version FROM account")).scalar()
     return -1 if found is None else int(found)
 
-
+# %% ../../nbs/exchange/02b_account_file.ipynb #7e0f051c
 def load_account(
     connection: Connection,
 ) -> Kept | None:  # None where no account was made yet
@@ -150,7 +150,7 @@ def _write(
         text += f" ON CONFLICT ({key}) DO UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in names if name != key)
     connection.execute(sql(text), rows)
 
-
+# %% ../../nbs/exchange/02b_account_file.ipynb #414a683a
 def save_step(
     connection: Connection,  # inside a writing transaction
     kept: Kept,  # as the file holds it
@@ -177,7 +177,7 @@ def save_step(
     connection.execute(sql("UPDATE account SET " + ", ".join(f"{name} = :{name}" for name in row)), row)
     return saved
 
-
+# %% ../../nbs/exchange/02b_account_file.ipynb #06c78af3
 def create_account(
     connection: Connection,  # inside a writing transaction
     first: Step,  # the deposit
@@ -200,7 +200,7 @@ def find_kept_order(
     row = connection.execute(sql(query), {"link_id": link_id, "symbol": symbol}).one_or_none()
     return None if row is None else from_row(Order, row)
 
-
+# %% ../../nbs/exchange/02b_account_file.ipynb #cac56476
 def is_known(
     connection: Connection,
     link_id: str,  # our name for it
@@ -208,7 +208,7 @@ def is_known(
     "Whether an order of this name was accepted before, in whatever symbol."
     return connection.execute(sql("SELECT 1 FROM orders WHERE link_id = :link_id"), {"link_id": link_id}).scalar() is not None
 
-
+# %% ../../nbs/exchange/02b_account_file.ipynb #930e92d8
 def fills_since(
     connection: Connection,
     start_ms: int,  # first time wanted, UTC ms
@@ -218,7 +218,7 @@ def fills_since(
     rows = connection.execute(sql(query), {"start_ms": start_ms})
     return [from_row(Fill, row) for row in rows]
 
-
+# %% ../../nbs/exchange/02b_account_file.ipynb #f9b9c2b3
 def ledger_since(
     connection: Connection,
     start_ms: int,  # first time wanted, UTC ms

@@ -35,7 +35,7 @@ def _market_refusal(
 # %% ../../nbs/exchange/00c_admission.ipynb #60842b13
 _PRICE_BAND = 10  # a limit may lie so many times above or below the mark
 
-
+# %% ../../nbs/exchange/00c_admission.ipynb #d9749a42
 def _size_refusal(
     request: OrderRequest,
     instrument: Instrument,
@@ -59,7 +59,7 @@ def _size_refusal(
         return f"110094 Order does not meet minimum order value: {notional} below {rules.min_notional} {rules.quote}"
     return None
 
-
+# %% ../../nbs/exchange/00c_admission.ipynb #8c66aee0
 def _expected_price(request: OrderRequest, ticker: Ticker) -> Decimal:
     "The limit, or for a market order the side of the book it takes from."
     if request.price is not None:

@@ -86,7 +86,7 @@ class Books:
 
 Event = Order | Fill | LedgerEntry
 
-
+# %% ../../nbs/exchange/00b_books.ipynb #8b7b70e8
 @dataclass(frozen=True)
 class Step:
     "Books after something happened, and what happened."
@@ -109,7 +109,7 @@ def with_holding(
     others = {name: other for name, other in books.holdings.items() if name != symbol} if not is_needed else books.holdings
     return replace(books, holdings={**others, symbol: holding} if is_needed else others)
 
-
+# %% ../../nbs/exchange/00b_books.ipynb #edcf0d07
 def with_order(
     books: Books,
     order: Order,  # as it is now
@@ -126,7 +126,7 @@ def with_order(
 # %% ../../nbs/exchange/00b_books.ipynb #cec4f043
 _CENTS = Decimal("1e-8")  # of fees and funding
 
-
+# %% ../../nbs/exchange/00b_books.ipynb #83aaa189
 def posted(
     books: Books,
     entry: LedgerEntry,
@@ -134,7 +134,7 @@ def posted(
     "Books after one movement of the wallet."
     return Step(replace(books, wallet=books.wallet + entry.amount), (entry,))
 
-
+# %% ../../nbs/exchange/00b_books.ipynb #ceecde2d
 def deposited(
     books: Books,
     amount: Decimal,  # quote currency, below 0: taken out
@@ -152,7 +152,7 @@ def fee_of(
     "What a fill costs in fees."
     return (quantity * price * fee_bps / 10_000).quantize(_CENTS)
 
-
+# %% ../../nbs/exchange/00b_books.ipynb #0ff0c73e
 def filled(
     books: Books,
     fill: Fill,  # of a symbol that has a holding
@@ -195,7 +195,7 @@ def exposures(
     if request:
         longest.setdefault(request.symbol, ZERO)
     shortest = dict(longest)
-    waiting = [(order, order.quantity - order.filled_quantity) for order in books.orders.values()]
+    waiting: list[tuple[Order | OrderRequest, Decimal]] = [(o, o.quantity - o.filled_quantity) for o in books.orders.values()]
     for order, quantity in [*waiting, (request, request.quantity)] if request else waiting:
         if not order.reduce_only:
             if order.side == "Buy":
@@ -204,7 +204,7 @@ def exposures(
                 shortest[order.symbol] -= quantity
     return {symbol: max(abs(quantity), abs(shortest[symbol])) for symbol, quantity in longest.items()}
 
-
+# %% ../../nbs/exchange/00b_books.ipynb #b3727b09
 def account_of(
     books: Books,
     leverage: Decimal,  # of positions
@@ -223,7 +223,7 @@ def marked(
     holdings = {symbol: holding.at(prices.get(symbol, holding.mark)) for symbol, holding in books.holdings.items()}
     return replace(books, holdings=holdings)
 
-
+# %% ../../nbs/exchange/00b_books.ipynb #894c2a0a
 def positions_of(
     books: Books,
 ) -> list[Position]:  # ascending by symbol

@@ -58,7 +58,7 @@ class Venue:
     step_ms: int  # length of a bar
     seed: int  # of the draws
 
-
+# %% ../../nbs/exchange/01_matching.ipynb #d168e8b9
 def venue_of(
     config: Config,  # `costs`, `paper.participation`
     step_ms: int,  # length of a bar
@@ -90,7 +90,7 @@ class Depth:
     quote_volume: float  # of the last bar, quote currency
     volatility: float  # of one bar, a fraction; NaN where unknown
 
-
+# %% ../../nbs/exchange/01_matching.ipynb #27aa63ea
 def depth_of(
     ticker: Ticker,
     bars: Sequence[Bar],  # closed, ascending, up to now
@@ -104,7 +104,7 @@ def depth_of(
 # %% ../../nbs/exchange/01_matching.ipynb #a87791bb
 CANNOT_REDUCE = "CancelByReduceOnly"
 
-
+# %% ../../nbs/exchange/01_matching.ipynb #113e1df8
 def ended(
     books: Books,
     order: Order,  # open
@@ -114,7 +114,7 @@ def ended(
     "Books after an order was cancelled; what it had filled stays."
     return with_order(books, replace(order, status="Cancelled", reason=reason, updated_ms=time_ms))
 
-
+# %% ../../nbs/exchange/01_matching.ipynb #221fa02d
 def _end_idle(
     books: Books,
     symbol: str,
@@ -128,7 +128,7 @@ def _end_idle(
             step = step.then(ended(step.books, order, CANNOT_REDUCE, time_ms))
     return step
 
-
+# %% ../../nbs/exchange/01_matching.ipynb #09126053
 def executed(
     books: Books,
     order: Order,  # open
@@ -151,7 +151,7 @@ def whole_steps(
     "The largest tradable quantity that is not above this."
     return (Decimal(repr(float(quantity))) / step).to_integral_value(ROUND_FLOOR) * step
 
-
+# %% ../../nbs/exchange/01_matching.ipynb #fbb9ac7e
 def _allowed(
     books: Books,
     order: Order,
@@ -193,7 +193,7 @@ def _take(
 NO_LIQUIDITY = "EC_NoImmediateQtyToFill"
 WOULD_TAKE = "EC_PostOnlyWillTakeLiquidity"
 
-
+# %% ../../nbs/exchange/01_matching.ipynb #cbde1e80
 def accepted(
     books: Books,
     request: OrderRequest,  # passed admission
@@ -220,7 +220,7 @@ def accepted(
         step = step.then(ended(step.books, left, NO_LIQUIDITY, now_ms))
     return step
 
-
+# %% ../../nbs/exchange/01_matching.ipynb #72dfc8f9
 def _crosses(order: Order, depth: Depth) -> bool:
     "Whether an order would trade at once."
     if order.price is None:
@@ -251,7 +251,7 @@ def matched(
     seen = Holding(held.quantity, held.cost, Decimal(repr(float(bar.close))), close_ms, held.next_settlement_ms)
     return Step(with_holding(step.books, symbol, seen), step.events)
 
-
+# %% ../../nbs/exchange/01_matching.ipynb #8035b46f
 def _rest(
     books: Books,
     order: Order,  # waits in this symbol
@@ -303,13 +303,13 @@ class Happening:
     symbol: str
     what: Bar | FundingRate | None  # None: the contract has ended
 
-
+# %% ../../nbs/exchange/01_matching.ipynb #1452b1cc
 def _turn(happening: Happening) -> tuple[int, int, str]:
     "When it is taken."
     rank = 0 if isinstance(happening.what, Bar) else 1 if happening.what else 2
     return happening.time_ms, rank, happening.symbol
 
-
+# %% ../../nbs/exchange/01_matching.ipynb #5229fa57
 def advanced(
     books: Books,
     happenings: Iterable[Happening],  # in any order

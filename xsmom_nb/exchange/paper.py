@@ -67,13 +67,13 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # %% auto #0
-__all__ = ['Answer', 'Action', 'closed_bars', 'past_settlements', 'happenings', 'PaperAccount', 'met', 'placing', 'cancelling',
-           'answered', 'PassedThrough', 'PaperExchange', 'totals', 'price_result']
+__all__ = ['Answer', 'Action', 'closed_bars', 'past_settlements', 'happenings', 'require_forward', 'PaperAccount', 'met',
+           'placing', 'cancelling', 'answered', 'PassedThrough', 'PaperExchange', 'totals', 'price_result']
 
 # %% ../../nbs/exchange/03_paper.ipynb #18adea68
 _PAGE = 1000  # bars or settlements asked for at a time
 
-
+# %% ../../nbs/exchange/03_paper.ipynb #cc76a6d7
 def closed_bars(
     market: QuotePort,
     symbol: str,
@@ -91,7 +91,7 @@ def closed_bars(
         start_ms = page[-1].open_time_ms + step_ms
     return bars
 
-
+# %% ../../nbs/exchange/03_paper.ipynb #902ddf02
 def past_settlements(
     market: QuotePort,
     symbol: str,
@@ -127,10 +127,21 @@ def happenings(
     return found
 
 # %% ../../nbs/exchange/03_paper.ipynb #9ad2f93b
+def require_forward(
+    location: str,  # the account's file, as a message names it
+    now_ms: int,  # what the clock says, UTC ms
+    reached_ms: int,  # up to when the account has been followed, UTC ms
+) -> None:
+    "Raise `RefusedError` for a clock that stands before the time an account has reached."
+    if now_ms < reached_ms:
+        raise RefusedError(f"paper account {location}: the clock is at {format_utc(now_ms)}, the account has reached "
+                           f"{format_utc(reached_ms)}; expected a clock that goes forward: wait, or use another file")
+
+# %% ../../nbs/exchange/03_paper.ipynb #62a20235
 Answer = TypeVar("Answer")
 Action = Callable[["Connection", Books, int], tuple[Step, Submission]]  # the books as they are at a time -> a step, an answer
 
-
+# %% ../../nbs/exchange/03_paper.ipynb #91b1dd45
 class PaperAccount:
     "An account in its file, followed up to the clock."
 
@@ -146,55 +157,36 @@ class PaperAccount:
         self._kept = _open_account(database, config, clock.now_ms())
         self.venue = venue_of(config, timeframe_ms(self._timeframe), self._kept.seed)
 
-    def books(self) -> Books:
-        "The books as they are now."
+    def ask(self, question: Callable[[Connection, Books], Answer]) -> Answer:
+        "The answer to a question that changes nothing; raises `StateError` for a row that does not read."
         while True:
             now_ms, found = self._look()
             if found:
                 self._write(now_ms, found, None)
-            elif self._is_newest():
-                return self._kept.books
+                continue
+            with self.database.read() as connection, readable(self.database.location):
+                if self._is_newest(connection):
+                    return question(connection, self._kept.books)
 
-    def change(
-        self,
-        prepare: Callable[[int], Action],  # looks at the market at a time; what it returns looks at the books
-    ) -> Submission:
-        "Do something to the account."
+    def change(self, prepare: Callable[[int], Action]) -> Submission:
+        "Do something to the account: `prepare` looks at the market at a time, what it returns looks at the books."
         while True:
             now_ms, found = self._look()
             if answer := self._write(now_ms, found, prepare(now_ms)):
                 return answer
 
-    def ask(
-        self,
-        question: Callable[[Connection], Answer],
-    ) -> Answer:
-        "Look something up in the file, once it is up to now; raises `StateError` for a row that does not read."
-        self.books()
-        with self.database.read() as connection, readable(self.database.location):
-            return question(connection)
-
     def _look(self) -> tuple[int, list[Happening]]:
         "The time, and what has happened since the books were last written; raises `RefusedError` for a clock that went back."
         now_ms = self._clock.now_ms()
-        if now_ms < self._kept.reached_ms:
-            raise RefusedError(
-                f"paper account {self.database.location}: the clock is at {format_utc(now_ms)}, the account has reached "
-                f"{format_utc(self._kept.reached_ms)}; expected a clock that goes forward: wait, or use another file"
-            )
+        require_forward(self.database.location, now_ms, self._kept.reached_ms)
         return now_ms, happenings(self._market, self._kept.books, self._timeframe, now_ms)
-
-    def _is_newest(self) -> bool:
-        "Whether the books in memory are those of the file; loads them where not."
-        with self.database.read() as connection:
-            return self._is_kept(connection)
 
     def _write(self, now_ms: int, found: list[Happening], action: Action | None) -> Submission | None:
         "Write what happened and what is asked for, in one transaction; None: somebody else was faster, or nothing was asked."
         instruments = {instrument.symbol: instrument for instrument in self._market.fetch_instruments()} if found else {}
         answer = None
         with self.database.write() as connection:
-            if not self._is_kept(connection):
+            if not self._is_newest(connection):
                 return None
             step = advanced(self._kept.books, found, instruments, self.venue, self._kept.reached_ms)
             if action:
@@ -204,7 +196,7 @@ class PaperAccount:
         self._kept = saved
         return answer
 
-    def _is_kept(self, connection: Connection) -> bool:
+    def _is_newest(self, connection: Connection) -> bool:
         "Whether the books in memory are those of the file; loads them where not."
         if version_of(connection) == self._kept.version:
             return True
@@ -249,7 +241,7 @@ def met(
     start_ms = now_ms // step_ms * step_ms - (config.strategy.vol_lookback + 1) * step_ms
     return instrument, ticker, depth_of(ticker, closed_bars(market, request.symbol, config.exchange.timeframe, start_ms, now_ms))
 
-
+# %% ../../nbs/exchange/03_paper.ipynb #a4c5bf13
 def placing(
     request: OrderRequest,
     market: QuotePort,
@@ -271,7 +263,7 @@ def placing(
 
     return place
 
-
+# %% ../../nbs/exchange/03_paper.ipynb #45943f4b
 def cancelling(
     symbol: str,
     link_id: str,  # our name of the order
@@ -342,7 +334,7 @@ class PaperExchange(PassedThrough):
         self._database = open_database(account_url or config.paper.account_url, MIGRATIONS, base, key="paper.account_url")
         try:
             self._account = PaperAccount(self._database, market, clock, config)
-            self._account.books()
+            self._account.ask(lambda _, books: books)
         except BaseException:
             self._database.close()
             raise
@@ -361,19 +353,19 @@ class PaperExchange(PassedThrough):
 
     def fetch_open_orders(self) -> Sequence[Order]:
         "All orders that may still fill, ascending by creation."
-        return list(self._account.books().orders.values())
+        return self._account.ask(lambda _, books: list(books.orders.values()))
 
     def find_order(self, symbol: str, link_id: str) -> Order | None:
         "Look an order up by our own name."
-        return self._account.ask(lambda connection: find_kept_order(connection, symbol, link_id))
+        return self._account.ask(lambda connection, _: find_kept_order(connection, symbol, link_id))
 
     def fetch_fills(self, start_ms: int) -> Sequence[Fill]:
         "Executions of all symbols, ascending by time."
-        return self._account.ask(lambda connection: fills_since(connection, start_ms))
+        return self._account.ask(lambda connection, _: fills_since(connection, start_ms))
 
     def fetch_ledger(self, start_ms: int) -> Sequence[LedgerEntry]:
         "Movements of the wallet, ascending by time."
-        return self._account.ask(lambda connection: ledger_since(connection, start_ms))
+        return self._account.ask(lambda connection, _: ledger_since(connection, start_ms))
 
     def submit_order(self, request: OrderRequest) -> Submission:
         "Send an order, once."
@@ -386,7 +378,7 @@ class PaperExchange(PassedThrough):
         return answered(lambda: self._account.change(lambda _: cancelling(symbol, link_id)))
 
     def _marked(self) -> Books:
-        books = self._account.books()
+        books = self._account.ask(lambda _, books: books)
         return marked(books, {ticker.symbol: ticker.mark for ticker in self.fetch_tickers()}) if books.holdings else books
 
     def close(self) -> None:
@@ -409,7 +401,7 @@ def totals(
         sums[entry.kind] += entry.amount
     return sums
 
-
+# %% ../../nbs/exchange/03_paper.ipynb #a7e21f3c
 def price_result(
     fills: Iterable[Fill],  # all of an account
     marks: dict[str, Decimal],  # present prices of what is held

@@ -24,7 +24,8 @@ from ..ports import Instrument
 from ..ports import Ticker
 
 # %% auto #0
-__all__ = ['power_of_ten', 'derived_instrument', 'quoted', 'Recording', 'rows_between', 'tickers_at', 'RecordedMarket']
+__all__ = ['power_of_ten', 'derived_instrument', 'quoted', 'Recording', 'rows_between', 'instruments_at', 'tickers_at',
+           'RecordedMarket']
 
 # %% ../../nbs/exchange/02_recorded.ipynb #3bdca82b
 def power_of_ten(
@@ -113,6 +114,15 @@ def rows_between(
     end = int(np.searchsorted(rows, recording.row_at(now_ms), side="right"))
     return rows[first : min(first + max(limit, 0), end)]
 
+# %% ../../nbs/exchange/02_recorded.ipynb #2e5af3e7
+def instruments_at(
+    recording: Recording,
+    row: int,  # newest row that is over
+) -> list[Instrument]:  # ascending by symbol
+    "Every contract that has had a bar, with the status it has by now."
+    listed = ((i, rules) for i, rules in recording.instruments.items() if recording.bars[i][0] <= row)
+    return [replace(rules, status="Closed") if recording.is_over(i, row) else rules for i, rules in listed]
+
 # %% ../../nbs/exchange/02_recorded.ipynb #33503a5d
 def tickers_at(
     recording: Recording,
@@ -143,7 +153,7 @@ class RecordedMarket:
     ) -> None:
         self._recording, self._clock = Recording(panel), clock
         self._half_spread = Decimal(repr(spread_bps)) / 20_000
-        self._instruments: tuple[tuple[int, int], list[Instrument]] = ((0, 0), [])  # how many are listed and closed, and which
+        self._instruments: tuple[int, list[Instrument]] = (-1, [])  # of which row
         self._tickers: tuple[int, list[Ticker]] = (-1, [])  # of which time
 
     def fetch_bars(self, symbol: str, timeframe: str, start_ms: int, limit: int) -> Sequence[Bar]:
@@ -165,13 +175,9 @@ class RecordedMarket:
 
     def fetch_instruments(self) -> Sequence[Instrument]:
         "Every symbol that has had a bar by now, with rules derived from its first close."
-        recording, row = self._recording, self._recording.row_at(self._clock.now_ms())
-        listed = [i for i, bars in enumerate(recording.bars) if bars.size and bars[0] <= row]
-        closed = [i for i in listed if recording.is_over(i, row)]
-        if self._instruments[0] != (len(listed), len(closed)):
-            told = [replace(rules, status="Closed") if i in closed else rules
-                    for i, rules in recording.instruments.items() if i in listed]
-            self._instruments = (len(listed), len(closed)), told
+        row = self._recording.row_at(self._clock.now_ms())
+        if self._instruments[0] != row:
+            self._instruments = row, instruments_at(self._recording, row)
         return list(self._instruments[1])
 
     def fetch_tickers(self) -> Sequence[Ticker]:

@@ -116,7 +116,8 @@ def write_intent(
         return "changed" if drop_intent(connection, intent, row_ms, run_id, note, now_ms) else "exists"
     if _insert(connection, intent, row_ms, run_id, "written", "", now_ms):
         return "written"
-    emit(connection, now_ms, "INFO", "intent_exists", f"{name} was written before and is not sent again", symbol, {"link_id": name})
+    text = f"{name} was written before and is not sent again"
+    emit(connection, now_ms, "INFO", "intent_exists", text, symbol, {"link_id": name})
     return "exists"
 
 # %% ../../nbs/execution/02_journal.ipynb #193fd457
@@ -138,7 +139,7 @@ WHERE link_id = :link_id"""
     if not connection.execute(sql(statement), values).rowcount:
         raise StateError(f"intent {link_id} is not in the journal; expected it to be written before its order was sent")
 
-
+# %% ../../nbs/execution/02_journal.ipynb #0fe57ee9
 def note_outcome(
     connection: Connection,  # inside a writing transaction
     link_id: str,
@@ -149,16 +150,15 @@ def note_outcome(
     "Note the answer to an order; raises `StateError` for an intent that was never written."
     set_status(connection, link_id, submission.outcome, now_ms, submission.order_id, submission.reason, sent_ms)
 
-# %% ../../nbs/execution/02_journal.ipynb #0fe57ee9
+# %% ../../nbs/execution/02_journal.ipynb #62b7b86a
 def _entry(row: Any) -> Entry:
     "A row of the table as a record."
-    request = OrderRequest(
-        row.link_id, row.symbol, row.side, row.order_type, Decimal(row.quantity), None if row.price is None else Decimal(row.price),
-        row.time_in_force, bool(row.reduce_only),
-    )
+    price = None if row.price is None else Decimal(row.price)
+    request = OrderRequest(row.link_id, row.symbol, row.side, row.order_type, Decimal(row.quantity), price, row.time_in_force,
+                           bool(row.reduce_only))
     return Entry(Intent(request, row.leg, row.waits_for), row.row_ms, row.status, row.order_id, row.created_ms, row.sent_ms)
 
-
+# %% ../../nbs/execution/02_journal.ipynb #218ca6c3
 def unfinished_intents(
     connection: Connection,
 ) -> list[Entry]:  # written, unknown or accepted; in the order in which they were written
@@ -167,7 +167,7 @@ def unfinished_intents(
              "ORDER BY created_ms, CASE WHEN reduce_only = 1 THEN 0 ELSE 1 END, symbol")
     return [_entry(row) for row in connection.execute(sql(query))]
 
-
+# %% ../../nbs/execution/02_journal.ipynb #e3d6288d
 def is_ours(
     connection: Connection,
     link_id: str,  # of an order; empty for one without
@@ -199,7 +199,7 @@ def upsert_orders(
             status: Status = "accepted" if order.is_open else "closed"
             set_status(connection, order.link_id, status, now_ms, order.order_id, order.reason)
 
-
+# %% ../../nbs/execution/02_journal.ipynb #35e80070
 def knows_order(
     connection: Connection,
     order_id: str,  # the exchange's
@@ -219,7 +219,7 @@ class Held:
     funding: Decimal = Decimal(0)  # quote currency, above 0 = paid
     realized: Decimal = Decimal(0)  # gains of the exits so far, before fees and funding, quote currency
 
-
+# %% ../../nbs/execution/02_journal.ipynb #733f6f6d
 def parts_of(
     fill: Fill,
     held: Decimal,  # signed quantity before it
@@ -264,7 +264,7 @@ def held_of(
     return Held(_number(row.quantity), _number(row.average_price), row.opened_ms, _number(row.fees), _number(row.funding),
                 _number(row.realized))
 
-
+# %% ../../nbs/execution/02_journal.ipynb #201fa3fb
 def held_quantities(
     connection: Connection,
 ) -> dict[str, Decimal]:  # by symbol, ascending; none that is flat
@@ -272,7 +272,7 @@ def held_quantities(
     rows = connection.execute(sql("SELECT symbol, quantity FROM positions ORDER BY symbol"))
     return {symbol: _number(quantity) for symbol, quantity in rows if _number(quantity)}
 
-
+# %% ../../nbs/execution/02_journal.ipynb #b2aa0a88
 def set_held(
     connection: Connection,  # inside a writing transaction
     symbol: str,
@@ -306,7 +306,7 @@ class Trade:
     funding: Decimal  # quote currency, above 0 = paid
     exit_reason: str  # rebalance: an order of ours; outside: somebody else's; reconciled: found to be gone
 
-
+# %% ../../nbs/execution/02_journal.ipynb #9e7e7b78
 RECONCILED = "reconciled-"  # how the ids of fills begin that nobody told us of
 
 
@@ -318,7 +318,7 @@ def _exits_before(connection: Connection, fill: Fill, held: Held) -> tuple[Decim
     exits = [(_number(quantity), _number(price)) for quantity, price in connection.execute(sql(query), values)]
     return sum((quantity for quantity, _ in exits), Decimal(0)), sum((q * price for q, price in exits), Decimal(0))
 
-
+# %% ../../nbs/execution/02_journal.ipynb #ced07bcf
 def _close_trade(
     connection: Connection,  # inside a writing transaction
     fill: Fill,  # that closed it
@@ -330,9 +330,10 @@ def _close_trade(
     quantity, value = quantity + abs(before.quantity), value + abs(before.quantity) * fill.price
     reason = "rebalance" if is_ours(connection, fill.link_id) else "outside"
     trade = Trade(
-        fill.symbol, "long" if sign > 0 else "short", before.opened_ms or fill.time_ms, (value - sign * after.realized) / quantity,
-        fill.time_ms, value / quantity, quantity, after.realized - after.fees - after.funding, after.fees, after.funding,
-        "reconciled" if fill.fill_id.startswith(RECONCILED) else reason,
+        symbol=fill.symbol, side="long" if sign > 0 else "short", entry_ms=before.opened_ms or fill.time_ms,
+        entry_price=(value - sign * after.realized) / quantity, exit_ms=fill.time_ms, exit_price=value / quantity,
+        quantity=quantity, pnl=after.realized - after.fees - after.funding, fees=after.fees, funding=after.funding,
+        exit_reason="reconciled" if fill.fill_id.startswith(RECONCILED) else reason,
     )
     values = {name: getattr(trade, name) for name in Trade.__dataclass_fields__}
     values = {name: _text(value) if isinstance(value, Decimal) else value for name, value in values.items()}
@@ -350,7 +351,7 @@ class Booked:
     trades: tuple[Trade, ...] = ()
     entries: tuple[LedgerEntry, ...] = ()
 
-
+# %% ../../nbs/execution/02_journal.ipynb #ce91fa37
 def _book_fill(connection: Connection, fill: Fill, now_ms: int) -> Iterator[Trade]:
     "Move the position of one new fill, and keep the trades that end with it."
     held = held_of(connection, fill.symbol)
@@ -361,15 +362,15 @@ def _book_fill(connection: Connection, fill: Fill, now_ms: int) -> Iterator[Trad
             held = Held()
     set_held(connection, fill.symbol, held, now_ms)
 
-
+# %% ../../nbs/execution/02_journal.ipynb #0f0910dc
 def book_fills(
     connection: Connection,  # inside a writing transaction
     fills: Iterable[Fill],  # in any order, known ones among them
     now_ms: int,  # UTC ms
 ) -> Booked:
     "Keep new fills, move the positions, close trades."
-    statement = sql("INSERT INTO fills VALUES (:fill_id, :order_id, :link_id, :symbol, :side, :quantity, :price, :fee, :is_maker, "
-                    ":time_ms) ON CONFLICT (fill_id) DO NOTHING")
+    statement = sql("INSERT INTO fills VALUES (:fill_id, :order_id, :link_id, :symbol, :side, :quantity, :price, :fee, "
+                    ":is_maker, :time_ms) ON CONFLICT (fill_id) DO NOTHING")
     new: list[Fill] = []
     trades: list[Trade] = []
     for fill in sorted(fills, key=lambda fill: (fill.time_ms, fill.fill_id)):
@@ -393,7 +394,7 @@ def _book_funding(connection: Connection, entry: LedgerEntry, now_ms: int) -> No
         values = {"id": trade_id, "pnl": _text(_number(pnl) + entry.amount), "funding": _text(_number(funding) - entry.amount)}
         connection.execute(sql("UPDATE trades SET pnl = :pnl, funding = :funding WHERE trade_id = :id"), values)
 
-
+# %% ../../nbs/execution/02_journal.ipynb #7ca7ffff
 def book_ledger(
     connection: Connection,  # inside a writing transaction
     entries: Iterable[LedgerEntry],  # in any order, known ones among them
@@ -418,7 +419,7 @@ def last_fill_ms(
     newest = connection.execute(sql("SELECT MAX(time_ms) FROM fills")).scalar()
     return None if newest is None else int(newest)
 
-
+# %% ../../nbs/execution/02_journal.ipynb #34d9db26
 def last_ledger_ms(
     connection: Connection,
 ) -> int | None:  # UTC ms; None when there is none

@@ -53,7 +53,7 @@ def _require_finite(symbol: str, quantity: Decimal) -> None:
     if not quantity.is_finite():
         raise DataError(f"{symbol}: wanted quantity {quantity}; expected a finite number, 0 to be flat")
 
-
+# %% ../../nbs/execution/01_plan.ipynb #6ab5add2
 def aim_for(
     quantity: Decimal,  # wanted, signed, base units
     price: Decimal,  # at which it is valued, quote currency
@@ -127,7 +127,7 @@ def _text(value: Decimal) -> str:
     "A number as people write it."
     return f"{value:f}"
 
-
+# %% ../../nbs/execution/01_plan.ipynb #2dda59f9
 def reason_to_wait(
     symbol: str,
     held: Decimal,  # signed, base units
@@ -192,7 +192,7 @@ class Proposal:
     intents: tuple[Intent, ...]
     remark: str | None  # why there is none, or what is left for later rows
 
-
+# %% ../../nbs/execution/01_plan.ipynb #e33c92c8
 def propose(
     symbol: str,
     held: Decimal,  # signed, base units
@@ -269,7 +269,7 @@ class Plan:
     intents: tuple[Intent, ...]  # in the order in which they are sent
     notes: Mapping[str, str]  # symbol to its order in words, or to why there is none
 
-
+# %% ../../nbs/execution/01_plan.ipynb #e74cfa8e
 def _accepted(
     proposals: Mapping[str, Proposal],  # ascending by symbol
     book: dict[str, Decimal],  # what is held of each symbol; becomes what is held after all orders
@@ -280,21 +280,22 @@ def _accepted(
     "Let through what gives risk back, then what takes it on within the limits."
     sentences: dict[str, list[str]] = {symbol: [] for symbol in proposals}
     proposed = [(symbol, intent) for symbol, proposal in proposals.items() for intent in proposal.intents]
+    gross = sum((abs(quantity) * marks[symbol] for symbol, quantity in book.items()), Decimal(0))
     accepted = []
     for symbol, intent in sorted(proposed, key=lambda item: not item[1].request.reduce_only):
         held = book.get(symbol, Decimal(0))
-        after = {**book, symbol: held + intent.request.signed_quantity}
-        if not intent.request.reduce_only:
-            gross = sum((abs(quantity) * marks[name] for name, quantity in after.items()), Decimal(0))
-            if reason := reason_of_caps(symbol, abs(after[symbol]) * marks[symbol], gross, equity, config):
-                sentences[symbol].append(f"no order to {intent.leg}, {reason}")
-                continue
+        after = held + intent.request.signed_quantity
+        value, gross_after = abs(after) * marks[symbol], gross + (abs(after) - abs(held)) * marks[symbol]
+        reason = None if intent.request.reduce_only else reason_of_caps(symbol, value, gross_after, equity, config)
+        if reason:
+            sentences[symbol].append(f"no order to {intent.leg}, {reason}")
+            continue
         sentences[symbol].append(sentence_of(intent, held))
-        book.update(after)
+        book[symbol], gross = after, gross_after
         accepted.append(intent)
     return accepted, sentences
 
-
+# %% ../../nbs/execution/01_plan.ipynb #6428f4db
 def plan_orders(
     wanted: Mapping[str, Decimal],  # signed quantity of each symbol that is to be looked at, base units
     positions: Sequence[Position],  # all of the account

@@ -20,6 +20,8 @@ from ..decision import Card, DayOfEquity, Decided, Decision
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from xsmom_nb.execution.execute import Sent
+
 # %% ../../nbs/live/05_plots.ipynb #d80c2f2f
 FATES = {  # what became of a symbol, and its colour
     "long": "C2", "short": "C3", "chosen, no weight left": "C1", "beyond K": "C0", "removed by a filter": "0.55",
@@ -252,9 +254,10 @@ def plot_equity(
 # %% ../../nbs/live/05_plots.ipynb #a14088ae
 def orders_table(
     decision: Decision,
-    outcomes: Mapping[str, str],  # what became of each order, by its link id
+    sent: Sequence["Sent"],  # what became of each order
 ) -> pd.DataFrame:  # a row an order, in the order in which they were sent
-    "The orders of a decision and what became of them; one that never was sent says so."
+    "The orders of a decision and what became of them."
+    outcomes = {each.intent.request.link_id: ": ".join(filter(None, [each.outcome, each.note])) for each in sent}
     rows = [
         {"symbol": request.symbol, "side": request.side, "quantity": f"{request.quantity:f}",
          "price": "market" if request.price is None else f"{request.price:f}", "leg": intent.leg,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -17,9 +18,9 @@ from ..clock import format_utc, parse_utc
 from ..compiled import source_digest
 from ..config import Config
 from ..decision import Decision, Memory, Snapshot, as_json
-from ..errors import DataError, IntegrityError, RunError, UsageError, XsmomError, nearest_name
+from ..errors import ConfigError, DataError, IntegrityError, RunError, UsageError, XsmomError, nearest_name
 from ..files import canonical_json, sha256_file
-from .cases import DECISION, DECISIONS, read_cases
+from .cases import DECISION, DECISIONS, Case, read_cases
 from .chain import run_folders
 from .difference import Difference, first_difference, table_difference
 from .provenance import library_versions, platform_name
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from xsmom_nb.market.panel import Panel
 
 # %% auto #0
-__all__ = ['Decide', 'TABLES', 'ANSWERS', 'Replay', 'summary', 'changed_surroundings', 'NothingToReplay', 'replay_run',
-           'replay_runs']
+__all__ = ['Decide', 'DATA_FACTS', 'TABLES', 'ANSWERS', 'Replay', 'summary', 'changed_surroundings', 'NothingToReplay',
+           'replay_run', 'verdict_of', 'replay_runs']
 
 # %% ../../nbs/runs/04_replay.ipynb #ec804dd3
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Replay:
 def _short(value: Any) -> str:
     "A value for one line; digests are cut to their beginning."
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return f"{text[:57]}…" if len(text) > 60 else text
+    most = 12 if re.fullmatch("[0-9a-f]{64}", text) else 120
+    return f"{text[:most]}…" if len(text) > most else text
 
 
 def summary(
@@ -113,35 +115,54 @@ def changed_surroundings(
 Decide = Callable[[Snapshot, Memory, Config], Decision]
 
 
-def _recomputed(decide: Decide, snapshot: Snapshot, memory: Memory, config: Config) -> Any:
-    "The decision as JSON, or the reason why there is none."
+def _differs(decide: Decide, case: Case, config: Config) -> Difference | None:
+    "Decide a case again; the first difference, None when there is none."
+    row = format_utc(case.snapshot.row_ms)
     try:
-        return as_json(decide(snapshot, memory, config))
+        answer = as_json(decide(case.snapshot, case.memory, config))
     except XsmomError as error:
-        return {"refused": str(error)}
+        return Difference(row, "refusal", None, str(error))
+    if canonical_json(answer) == case.recorded:
+        return None
+    found = first_difference(json.loads(case.recorded), answer)
+    return Difference(row, *(found or ("form", "not canonical JSON", "canonical JSON")))
 
 # %% ../../nbs/runs/04_replay.ipynb #3dc77c27
 def _replay_decisions(
     folder: RunFolder,
     decide: Decide | None,  # None: the package's own
-    on_decision: Callable[[int], None],  # told how many are done
+    on_decision: Callable[[int, int], None],  # told how many are done, and their number
 ) -> tuple[int, int, Difference | None]:  # decisions, how many are equal, the first difference
     "Decide every case of a run again."
     if decide is None:
         from xsmom_nb.decide import decide as own
 
         decide = own
-    config = folder.config
+    config, answers = folder.config, folder.path / DECISIONS
+    total = answers.read_bytes().count(b"\n") if answers.exists() else 1
     count, equal, first = 0, 0, None
     for count, case in enumerate(read_cases(folder.path), 1):
-        answer = _recomputed(decide, case.snapshot, case.memory, config)
-        if canonical_json(answer) == case.recorded:
-            equal += 1
-        elif first is None:
-            found = first_difference(json.loads(case.recorded), answer) or ("", "written otherwise", "canonical JSON")
-            first = Difference(format_utc(case.snapshot.row_ms), *found)
-        on_decision(count)
+        difference = _differs(decide, case, config)
+        equal += difference is None
+        first = first or difference
+        on_decision(count, total)
     return count, equal, first
+
+# %% ../../nbs/runs/04_replay.ipynb #bba94ff8
+def _read_data(
+    place: Path,  # inputs/data.json
+) -> dict[str, Any]:
+    "What a backtest noted about its data; raises `RunError` when a part is missing."
+    try:
+        data: dict[str, Any] = json.loads(place.read_bytes())
+        data |= {"start_ms": parse_utc(data["start"]), "end_ms": parse_utc(data["end"])}
+        return {name: data[name] for name in (*DATA_FACTS, "start_ms", "end_ms")}
+    except (OSError, ValueError, KeyError, UsageError) as error:
+        expected = ", ".join([*DATA_FACTS, "start", "end"])
+        raise RunError(f"{place}: cannot be read ({error!r}); expected {expected}, as a backtest notes them") from error
+
+
+DATA_FACTS = ("files", "origin", "panel_digest", "symbols", "timeframe", "holdout")
 
 # %% ../../nbs/runs/04_replay.ipynb #15ac7e71
 def _require_same_data(
@@ -201,13 +222,9 @@ def _replay_backtest(
 
     from xsmom_nb.backtest.vector import backtest
 
-    place = folder.path / "inputs/data.json"
-    try:
-        data = json.loads(place.read_bytes())
-        panel = _panel_again(data, place)
-        result = backtest(panel, folder.config, parse_utc(data["start"]), parse_utc(data["end"]), data["holdout"])
-    except (KeyError, ValueError) as error:
-        raise RunError(f"{place}: cannot be read ({error!r}); expected files, symbols, timeframe, start, end, holdout") from error
+    data = _read_data(folder.path / "inputs/data.json")
+    panel = _panel_again(data, folder.path / "inputs/data.json")
+    result = backtest(panel, folder.config, data["start_ms"], data["end_ms"], data["holdout"])
     bad: set[int] = set()
     found: list[Difference] = []
     with tempfile.TemporaryDirectory(prefix="xsmom-replay-") as name:
@@ -249,7 +266,10 @@ class NothingToReplay(RunError):
     "A run that holds no question and answer, and is not expected to."
 
 
-ANSWERS = {"live_cycle": DECISION, "live": DECISIONS, "backtest": "outputs/metrics.json"}  # by kind of run, written last
+ANSWERS = {  # kinds of runs that can be replayed, and the files with their answers
+    "live_cycle": (DECISION,), "live": (DECISIONS,),
+    "backtest": (*(f"outputs/{table}.parquet" for table in TABLES), "outputs/metrics.json"),
+}
 
 
 def _require_replayable(folder: Path) -> Manifest:
@@ -261,10 +281,12 @@ def _require_replayable(folder: Path) -> Manifest:
         raise IntegrityError("\n".join([*map(str, found.problems), "nothing was replayed; restore it from a backup"]))
     manifest = read_manifest(folder)
     if (pruned := next((entry for entry in chain_entries(folder) if entry.entry == "prune"), None)) is not None:
-        left = "; only its decision is left" if (folder / ANSWERS[kind]).exists() else ""
+        left = "; only its decision is left" if kind != "backtest" else ""
         raise NothingToReplay(f"run {run}: was pruned on {pruned.time[:10]}{left}")
-    if manifest.status != "done" and ANSWERS[kind] not in manifest.files:
-        raise NothingToReplay(f"run {run}: {manifest.status} before there was anything to replay ({manifest.error})")
+    if missing := [name for name in ANSWERS[kind] if name not in manifest.files]:
+        if manifest.status != "done":
+            raise NothingToReplay(f"run {run}: {manifest.status} before there was anything to replay ({manifest.error})")
+        raise RunError(f"run {run}: it kept no {', '.join(missing)}; expected them of a {kind}")
     return manifest
 
 # %% ../../nbs/runs/04_replay.ipynb #2204ce92
@@ -273,7 +295,7 @@ def replay_run(
     at_run: bool = False,  # with the code of the run, where that is not the present one
     project: Path | None = None,  # a checkout of its repository, for `at_run`; None: the one we are in
     decide: Decide | None = None,  # None: the package's own
-    on_decision: Callable[[int], None] = lambda done: None,  # told how many decisions are done
+    on_decision: Callable[[int, int], None] = lambda done, total: None,  # told how many decisions are done, and their number
 ) -> Replay:
     "Recompute a run from its inputs and compare; raises `UsageError`, `RunError`, `DataError` or `IntegrityError`."
     manifest = _require_replayable(folder)
@@ -283,8 +305,20 @@ def replay_run(
 
         return _replay_at_run(folder, manifest, project or find_project())
     run = RunFolder(folder)
-    counted = _replay_backtest(run) if manifest.kind == "backtest" else _replay_decisions(run, decide, on_decision)
+    try:
+        counted = _replay_backtest(run) if manifest.kind == "backtest" else _replay_decisions(run, decide, on_decision)
+    except ConfigError as error:
+        raise RunError(f"run {folder.name}: the present code cannot read its config.yaml ({error}); use --at-run") from error
     return Replay(folder.name, manifest.kind, *counted, changed=changed, commit=manifest.git.commit)
+
+# %% ../../nbs/runs/04_replay.ipynb #e5d6a7f8
+def verdict_of(
+    result: Replay | XsmomError,  # what came of a replay, or why there is none
+) -> str:
+    "One of `confirmed`, `nothing to replay`, `not confirmed`."
+    if isinstance(result, Replay):
+        return "confirmed" if result.ok else "not confirmed"
+    return "nothing to replay" if isinstance(result, NothingToReplay) else "not confirmed"
 
 # %% ../../nbs/runs/04_replay.ipynb #4618a4cd
 def replay_runs(
