@@ -137,6 +137,9 @@ def test_engine_keeps_its_promises(hours, seed, cancels):
         step = advanced(books, [Happening(close_ms, "XUSDT", FundingRate(close_ms, rate)), Happening(close_ms, "XUSDT", bar)],
                         {"XUSDT": RULES}, venue, 0)
         books, events = step.books, [*events, *step.events]
+        held = sum(event.signed_quantity for event in events if isinstance(event, Fill))  # with what this bar filled
+        received = sum(entry.amount for entry in step.events if isinstance(entry, LedgerEntry) and entry.kind == "funding")
+        assert abs(float(received) + float(held) * last * rate) < 1e-7  # a long pays a positive rate on the bar's close
     check_engine(books, events, last, venue)
 
 
@@ -383,9 +386,9 @@ class Slow:
         return [bar for bar in bars if self.hidden_from_ms is None or bar.open_time_ms < self.hidden_from_ms]
 
 
-def slow(panel: Panel, folder: Path) -> tuple[PaperExchange, SimulatedClock, Slow]:
+def slow(panel: Panel, folder: Path, now_ms: int | None = None) -> tuple[PaperExchange, SimulatedClock, Slow]:
     "A paper exchange on a market that can be held up."
-    clock = SimulatedClock(start_of(panel))
+    clock = SimulatedClock(start_of(panel) if now_ms is None else now_ms)
     market = Slow(RecordedMarket(panel, clock, 2.0))
     return PaperExchange(market, clock, Config(), "sqlite:///paper.sqlite", folder), clock, market
 
@@ -419,16 +422,18 @@ def test_a_late_bar_is_matched_when_it_comes_and_is_not_missed(panel, tmp_path):
 
 def test_an_order_never_sees_a_bar_that_closed_before_it(panel, tmp_path):
     "Also when that bar is late, and comes after the order."
-    exchange, clock, market = slow(panel, tmp_path)
+    row = FIRST + int(np.flatnonzero(panel.low[FIRST:, 0] < panel.close[FIRST:, 0] * 0.995)[0])  # closes well above its low
+    exchange, clock, market = slow(panel, tmp_path, int(panel.open_time_ms[row]) + 60_000)
     with exchange:
         exchange.submit_order(replace(through(exchange, "far"), price=through(exchange, "far").price / 2))
-        market.hidden_from_ms = int(panel.open_time_ms[FIRST])
-        clock.advance(HOUR)  # the bar of row FIRST is over, and not there
-        exchange.submit_order(through(exchange, "new"))
+        market.hidden_from_ms = int(panel.open_time_ms[row])
+        clock.advance(HOUR)  # the bar of this row is over, and not there
+        assert exchange.submit_order(through(exchange, "new")).outcome == "accepted"
+        assert float(exchange.find_order("BTCUSDT", "new").price) > panel.low[row, 0] * 1.004  # the late bar went through it
         market.hidden_from_ms = None
         assert exchange.fetch_fills(0) == []
         clock.advance(HOUR)
-        assert all(fill.time_ms == int(panel.open_time_ms[FIRST + 2]) for fill in exchange.fetch_fills(0))
+        assert all(fill.time_ms == int(panel.open_time_ms[row + 2]) for fill in exchange.fetch_fills(0))
 
 
 def test_a_market_that_fails_places_nothing(panel, tmp_path):

@@ -181,6 +181,7 @@ def read_file(
 OTHER_VARIABLES = {
     "XSMOM_DATA": "root folder of the market data, before `paths.data`",
     "XSMOM_CACHE_DIR": "folder of compiled code",
+    "XSMOM_CRASH_AT": "line at which a test kills the process that sends orders",
 }
 _PREFIX = "XSMOM_"
 

@@ -15,7 +15,7 @@ from .clock import DAY_MS, format_utc, last_closed_open_ms
 from .config import Config
 from .decision import Aim, Card, DayOfEquity, Decision, Memory, Snapshot, Verdict
 from .errors import DataError, RefusedError
-from .execution.plan import Plan, plan_orders, quantity_for
+from .execution.plan import Plan, aim_for, plan_orders, quantity_for
 from .ports import Instrument, Position, Ticker
 from .risk.overlays import wanted_share
 from .strategy.core import Market, Parameters, history_bars
@@ -180,7 +180,7 @@ def _continued(
     weight = min(config.strategy.max_weight_per_asset, config.sizing.max_notional_per_asset / float(equity))
     drifted = abs(facts.held) if facts.held * aim.wanted > 0 else Decimal(0)
     largest = max(quantity_for(weight, equity, facts.ticker.mark, facts.instrument), drifted)
-    return min(abs(aim.wanted), largest).copy_sign(aim.wanted)
+    return aim_for(min(abs(aim.wanted), largest).copy_sign(aim.wanted), facts.ticker.mark, facts.instrument)
 
 # %% ../nbs/51_decide.ipynb #23fd293b
 def wanted_quantity(

@@ -27,6 +27,7 @@ from .journal import set_held
 from .journal import set_status
 from .journal import unfinished_intents
 from .journal import upsert_orders
+from ..market.sync import patiently
 from ..outbox import emit
 from ..ports import ExchangePort, Fill, Order, Position, TransientError
 from ..state import State, load_memory, save_memory, symbol_versions
@@ -50,11 +51,7 @@ def ask(
     question: Callable[[], Answer],  # a read of the port
 ) -> Answer:
     "Read from the exchange, again when the trouble may pass; raises `TransientError` when it did not."
-    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
-
-    pause = wait_exponential(multiplier=FIRST_PAUSE_SECONDS)
-    passing, attempts = retry_if_exception_type(TransientError), stop_after_attempt(READ_ATTEMPTS)
-    return Retrying(retry=passing, stop=attempts, wait=pause, reraise=True)(question)
+    return patiently(question, READ_ATTEMPTS, FIRST_PAUSE_SECONDS)
 
 # %% ../../nbs/execution/03_reconcile.ipynb #e48e1b34
 CLOCK_MARGIN_MS = 5_000  # by how much two clocks may disagree, and a request may dawdle

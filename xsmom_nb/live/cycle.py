@@ -19,10 +19,9 @@ from ..errors import RefusedError
 from ..database import sql
 from ..execution.execute import Sent, send_intents
 from ..execution.journal import drop_intent
-from ..execution.reconcile import Recovery, book_news, recover
+from ..execution.reconcile import Recovery, ask, book_news, recover
 from .history import History
 from ..market.panel import Panel
-from ..market.sync import patiently
 from ..outbox import beat, emit
 from ..ports import Account, ExchangePort, Instrument, Position, Recorder
 from ..state import State, load_memory, save_equity, save_memory
@@ -55,16 +54,16 @@ def gather(
     "Everything the decision sees; raises `TransientError` when the exchange cannot be read."
     deadline_ms = clock.now_ms() + config.live.bar_wait_seconds * 1000
     row_ms = last_closed_open_ms(clock.now_ms(), config.exchange.timeframe)
-    instruments, positions = tuple(patiently(port.fetch_instruments)), tuple(patiently(port.fetch_positions))
+    instruments, positions = tuple(ask(port.fetch_instruments)), tuple(ask(port.fetch_positions))
     symbols = {each.symbol for each in instruments if each.is_trading} | {each.symbol for each in positions}
     while late := late_symbols(panel := history.panel(sorted(symbols), row_ms), instruments):
         if clock.now_ms() + WAIT_SECONDS * 1000 > deadline_ms:
             break
         wait(WAIT_SECONDS)
     snapshot = Snapshot(
-        panel=panel, instruments=instruments, tickers=tuple(patiently(port.fetch_tickers)),
-        positions=tuple(patiently(port.fetch_positions)), open_orders=tuple(patiently(port.fetch_open_orders)),
-        account=patiently(port.fetch_account), time_ms=clock.now_ms())
+        panel=panel, instruments=instruments, tickers=tuple(ask(port.fetch_tickers)),
+        positions=tuple(ask(port.fetch_positions)), open_orders=tuple(ask(port.fetch_open_orders)),
+        account=ask(port.fetch_account), time_ms=clock.now_ms())
     return snapshot, late
 
 # %% ../../nbs/live/01_cycle.ipynb #5afe7234
@@ -74,10 +73,10 @@ def require_right_time(
     tolerance_ms: int,  # `exchange.recv_window_ms`
 ) -> None:
     "Raise `RefusedError` when our clock and the exchange's differ by more than a request may."
-    theirs, ours = patiently(port.fetch_time_ms), clock.now_ms()
+    theirs, ours = ask(port.fetch_time_ms), clock.now_ms()
     if abs(theirs - ours) > tolerance_ms:
         raise RefusedError(f"the exchange's clock shows {format_utc(theirs)}, ours {format_utc(ours)}; expected at most "
-                           f"{tolerance_ms} ms between them; set this machine's clock (chrony, systemd-timesyncd) and start again")
+                           f"{tolerance_ms} ms between them; set this machine's clock (chrony, systemd-timesyncd)")
 
 # %% ../../nbs/live/01_cycle.ipynb #88d3f644
 def stop_file(
@@ -201,5 +200,5 @@ def run_cycle(
     with _timed(seconds, "persist"):
         detail = f"{sum(each.outcome == 'accepted' for each in sent)} orders of {len(decided.decision.intents)}"
         persist(state, decided, late, detail, clock.now_ms())
-    account, positions = patiently(port.fetch_account), tuple(patiently(port.fetch_positions))
+    account, positions = ask(port.fetch_account), tuple(ask(port.fetch_positions))
     return CycleReport(decided, recovery, late, sent, account, positions, seconds)

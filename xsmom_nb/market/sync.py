@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -254,19 +254,26 @@ def funding_ranges(
 Answer = TypeVar("Answer")
 
 
+@cache
+def _retrying(attempts: int, first_pause_seconds: float, sleep: Callable[[float], None]) -> Any:
+    "What repeats a call; made once, since making it takes longer than most answers of a paper exchange."
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+    return Retrying(
+        retry=retry_if_exception_type(TransientError), stop=stop_after_attempt(attempts),
+        wait=wait_exponential(multiplier=first_pause_seconds, max=30.0), sleep=sleep, reraise=True,
+    )
+
+
 def patiently(
     call: Callable[[], Answer],  # a read of the port
     attempts: int = 6,  # calls in all
+    first_pause_seconds: float = 1.0,  # before the second; doubled each time
     sleep: Callable[[float], None] = time.sleep,  # takes seconds
 ) -> Answer:  # what the first call that did not fail gave
     "Call, and call again after a `TransientError`, more and more slowly; the last one is raised."
-    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
-
-    retrying = Retrying(
-        retry=retry_if_exception_type(TransientError), stop=stop_after_attempt(attempts),
-        wait=wait_exponential(multiplier=1.0, max=30.0), sleep=sleep, reraise=True,
-    )
-    return retrying(call)
+    answer: Answer = _retrying(attempts, first_pause_seconds, sleep)(call)
+    return answer
 
 # %% ../../nbs/market/02_sync.ipynb #3c12b73f
 def pages(
