@@ -150,25 +150,23 @@ def test_the_same_hours_give_the_same_decisions(month, real_store, root, tmp_pat
     assert again == first
 
 
-def test_the_shipped_config_trades_between_rebalances_what_did_not_fill(real_store, root, tmp_path):
+@pytest.mark.parametrize(("participation", "thin"), [(0.1, False), (1e-5, True)])
+def test_between_rebalances_only_what_did_not_fill_is_ordered(real_store, root, tmp_path, participation, thin):
     shipped = load_config(root / "configs" / "config.yaml", environ={})
-    config = account_config(tmp_path, shipped, **{"paper.participation": 1e-5})  # a thin book: orders fill in parts
-    start_ms = parse_utc("2025-03-20T00:00:00Z") + 60_000
-    quiet, orders = 0, 0
+    config = account_config(tmp_path, shipped, **{"paper.participation": participation})
+    decisions = []
 
-    class Counting:
+    class Listening:
         def record(self, decided):
-            nonlocal quiet, orders
-            if not decided.decision.rebalances:
-                quiet += not decided.decision.intents
-                orders += len(decided.decision.intents)
-                assert {intent.request.symbol for intent in decided.decision.intents} <= set(decided.memory.unfinished)
+            decisions.append(decided)
 
-    with open_desk(config, data=real_store.root, now_ms=start_ms, base=root) as desk:
-        rebalances = []
-        for _ in range(48):
-            rebalances.append(desk.cycle(Counting()).decided.decision.rebalances)
+    with open_desk(config, data=real_store.root, now_ms=parse_utc("2025-03-20T00:00:00Z") + 60_000, base=root) as desk:
+        for _ in range(24):
+            desk.cycle(Listening())
             desk.clock.advance(HOUR)
-    assert rebalances == [hour % 8 == 0 for hour in range(48)]
-    assert quiet > 20
-    assert orders > 0
+    assert [each.decision.rebalances for each in decisions] == [hour % 8 == 0 for hour in range(24)]
+    between = [each for each in decisions if not each.decision.rebalances]
+    for each in between:
+        assert {intent.request.symbol for intent in each.decision.intents} <= set(each.memory.unfinished)
+    assert (sum(len(each.decision.intents) for each in between) > 50) == thin
+    assert (sum(not each.decision.intents for each in between) > 15) == (not thin)

@@ -425,7 +425,8 @@ def test_an_order_never_sees_a_bar_that_closed_before_it(panel, tmp_path):
     row = FIRST + int(np.flatnonzero(panel.low[FIRST:, 0] < panel.close[FIRST:, 0] * 0.995)[0])  # closes well above its low
     exchange, clock, market = slow(panel, tmp_path, int(panel.open_time_ms[row]) + 60_000)
     with exchange:
-        exchange.submit_order(replace(through(exchange, "far"), price=through(exchange, "far").price / 2))
+        far = replace(through(exchange, "far"), price=through(exchange, "far").price // 2)  # keeps the symbol followed
+        assert exchange.submit_order(far).outcome == "accepted"
         market.hidden_from_ms = int(panel.open_time_ms[row])
         clock.advance(HOUR)  # the bar of this row is over, and not there
         assert exchange.submit_order(through(exchange, "new")).outcome == "accepted"

@@ -48,7 +48,7 @@ class Contender:
     config: Config
 
 
-SURROUNDINGS = ("paths.", "quality.", "runs.", "live.", "logging.", "exchange.timeframe", "optimizer.holdout_start")
+SURROUNDINGS = ("paths.", "quality.", "runs.", "live.", "paper.", "logging.", "exchange.timeframe", "optimizer.holdout_start")
 
 
 def contenders(

@@ -206,9 +206,9 @@ class Live(Section):
 class Paper(Section):
     "The exchange that takes no money."
 
-    account_url: str = Field("sqlite:///state/paper.sqlite", min_length=1, description="database of the account, an SQLAlchemy URL")
+    account_url: str = Field("sqlite:///state/paper.sqlite", min_length=1, description="database of the account, a URL")
     initial_equity: float = Field(10_000.0, gt=0, le=1e12, description="what a new account starts with, USDT")
-    seed: int = Field(0, ge=0, le=4_294_967_295, description="of the draws of a new account; a file keeps the one it was made with")
+    seed: int = Field(0, ge=0, le=4_294_967_295, description="of the draws of a new account; its file keeps it")
     participation: float = Field(0.1, gt=0, le=1, description="largest share of a bar's volume that one order fills")
     spread_bps: float = Field(2.0, ge=0, le=1000, description="width of the book around the last price, bps; at least one tick")
 

@@ -5,6 +5,7 @@
 # %% ../nbs/04_ports.ipynb #37906a8f
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -44,19 +45,26 @@ class FundingRate:
     rate: float  # fraction of the position's value; positive: longs pay shorts
 
 # %% ../nbs/04_ports.ipynb #ac44aecc
+@functools.cache
+def _decimal_fields(kind: Any) -> tuple[tuple[str, bool], ...]:
+    "The fields of a record that are Decimal, and whether they may be None."
+    return tuple((field.name, field.type != "Decimal") for field in fields(kind) if str(field.type).startswith("Decimal"))
+
+
 def _require_decimals(
-    record: Any,  # a record whose fields are annotated as text
+    record: Any,  # a record whose annotations are texts
     name: str,  # how a message calls it
     signed: Sequence[str] = (),  # fields that may be below zero
 ) -> None:
     "Raise `DataError` for a field annotated as Decimal that holds a float, NaN, infinity, or a negative it must not hold."
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if field.type != "Decimal" and (field.type != "Decimal | None" or value is None):
+    kind: Any = type(record)
+    for field, may_be_none in _decimal_fields(kind):
+        value = getattr(record, field)
+        if value is None and may_be_none:
             continue
-        if not (isinstance(value, Decimal) and value.is_finite() and (value >= 0 or field.name in signed)):
-            bound = "" if field.name in signed else " ≥ 0"
-            raise DataError(f"{name}: {field.name} is {value!r}; expected a finite Decimal{bound} made from the exchange's text")
+        if not (isinstance(value, Decimal) and value.is_finite() and (value >= 0 or field in signed)):
+            bound = "" if field in signed else " ≥ 0"
+            raise DataError(f"{name}: {field} is {value!r}; expected a finite Decimal{bound} made from the exchange's text")
 
 # %% ../nbs/04_ports.ipynb #48d2fb84
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from ..credentials import Secrets, load_secrets
 from ..errors import RunError, XsmomError
 from ..files import write_atomically
 from .chain import load_sign_key, seal, settle
-from .page import notebook_library, write_page
+from .page import notebook_library, warm_up, write_page
 from .parameters import check_parameters, find_notebook, parameter_model
 from .provenance import collect_provenance
 from .record import Manifest, OpenRun, RunFolder, Status, begin_run, redacted
@@ -290,6 +290,7 @@ def _run_papermill(
     from papermill.engines import papermill_engines
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns about parameters that we have checked ourselves
+    threading.Thread(target=warm_up, daemon=True).start()  # in the time in which we would only wait for the kernel
     with tempfile.TemporaryDirectory(prefix="xsmom-kernel-", ignore_cleanup_errors=True) as folder, _closed_loop():
         papermill_engines.register("xsmom", _papermill_engine(job, Path(folder)))
         source = str(job.notebook).replace("{", "{{").replace("}", "}}")  # papermill formats the path

@@ -14,7 +14,7 @@ from ..files import write_atomically
 
 # %% auto #0
 __all__ = ['POLICY', 'TEMPLATE', 'LOADING_ATTRIBUTES', 'LOADING_ELEMENTS', 'close_page', 'notebook_library', 'render_page',
-           'write_page']
+           'write_page', 'warm_up']
 
 # %% ../../nbs/runs/00e_page.ipynb #6d4cfd4f
 POLICY = (
@@ -102,14 +102,13 @@ def notebook_library() -> Any:  # the module `nbformat`
     return nbformat
 
 # %% ../../nbs/runs/00e_page.ipynb #460ec5dd
-def render_page(
-    notebook: Path,  # an executed notebook
+def _render(
+    content: Any,  # a notebook as nbformat has it
     title: str,  # of the page
 ) -> str:  # HTML
-    "An executed notebook as a page that contains everything it shows; raises `RunError` when it is no notebook."
+    "A notebook as a page that contains everything it shows."
     import logging
 
-    nbformat = notebook_library()
     from nbconvert.exporters import HTMLExporter
     from traitlets.config import Config as Traits
 
@@ -121,12 +120,21 @@ def render_page(
     exporter.log = logging.getLogger("xsmom_nb.page")  # nbconvert's own logger writes to the terminal
     exporter.log.setLevel(logging.ERROR)
     exporter.register_preprocessor("nbconvert.preprocessors.TagRemovePreprocessor", enabled=True)
+    text, _ = exporter.from_notebook_node(content, resources={"metadata": {"name": title}})
+    return close_page(text)
+
+# %% ../../nbs/runs/00e_page.ipynb #5af2ed10
+def render_page(
+    notebook: Path,  # an executed notebook
+    title: str,  # of the page
+) -> str:  # HTML
+    "An executed notebook as a page that contains everything it shows; raises `RunError` when it is no notebook."
+    nbformat = notebook_library()
     try:
         content = nbformat.read(notebook, as_version=4)
     except (ValueError, OSError, AttributeError) as error:
         raise RunError(f"{notebook}: cannot be read as a notebook ({error})") from error
-    text, _ = exporter.from_notebook_node(content, resources={"metadata": {"name": title}})
-    return close_page(text)
+    return _render(content, title)
 
 # %% ../../nbs/runs/00e_page.ipynb #61fae0be
 def write_page(
@@ -137,3 +145,9 @@ def write_page(
     page = notebook.with_suffix(".html")
     write_atomically(page, render_page(notebook, title))
     return page
+
+# %% ../../nbs/runs/00e_page.ipynb #1bcfcc2b
+def warm_up() -> None:
+    "Make an empty page, so that the next one takes half the time."
+    cells = notebook_library().v4
+    _render(cells.new_notebook(cells=[cells.new_markdown_cell("# Nothing"), cells.new_code_cell("nothing = None")]), "nothing")
