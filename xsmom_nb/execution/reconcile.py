@@ -29,7 +29,7 @@ from .journal import unfinished_intents
 from .journal import upsert_orders
 from ..market.sync import patiently
 from ..outbox import emit
-from ..ports import ExchangePort, Fill, Order, Position, TransientError
+from ..ports import ExchangePort, Fill, Order, Position
 from ..state import State, load_memory, save_memory, symbol_versions
 
 if TYPE_CHECKING:

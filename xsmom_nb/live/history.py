@@ -5,10 +5,9 @@
 # %% ../../nbs/live/00_history.ipynb #7a47ed96
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,16 +18,23 @@ from ..market.sync import pages, patiently
 from ..ports import Bar, MarketDataPort
 
 # %% auto #0
-__all__ = ['RECHECKED_BARS', 'PAGE', 'is_sound', 'History']
+__all__ = ['RECHECKED_BARS', 'PAGE', 'as_numbers', 'are_sound', 'History']
 
 # %% ../../nbs/live/00_history.ipynb #7a3a81f2
-def is_sound(
-    bar: Bar,
-) -> bool:
-    "Whether a bar's numbers can be true."
-    prices = (bar.open, bar.high, bar.low, bar.close)
-    finite = all(map(math.isfinite, (*prices, bar.volume)))
-    return finite and min(prices) > 0 and bar.volume >= 0 and bar.high >= bar.low
+def as_numbers(
+    bars: Sequence[Bar],
+) -> np.ndarray:  # shape (n, 6): open time, open, high, low, close, volume
+    "Bars as rows of numbers."
+    return np.array([(b.open_time_ms, b.open, b.high, b.low, b.close, b.volume) for b in bars]).reshape(-1, 6)
+
+
+def are_sound(
+    numbers: np.ndarray,  # shape (n, 6), as `as_numbers` gives them
+) -> np.ndarray:  # bool, shape (n,)
+    "Which bars can be true."
+    prices, volume = numbers[:, 1:5], numbers[:, 5]
+    finite = np.isfinite(numbers).all(axis=1)
+    return finite & (prices > 0).all(axis=1) & (volume >= 0) & (numbers[:, 2] >= numbers[:, 3])
 
 # %% ../../nbs/live/00_history.ipynb #85c47797
 RECHECKED_BARS = 24  # how long a bar that has not come is asked for again
@@ -134,12 +140,11 @@ class History:
             return patiently(lambda: self._port.fetch_bars(symbol, self._timeframe, start_ms, limit), sleep=self._sleep)
 
         for page in pages(read, lambda bar: bar.open_time_ms, (start_ms, window.last_ms), window.step_ms, PAGE):
-            sound = [bar for bar in page if is_sound(bar)]
-            self.refused += [f"{symbol}: {bar} cannot be; it counts as missing" for bar in page if not is_sound(bar)]
-            if sound:
-                numbers = np.array([astuple(bar) for bar in sound])
-                rows = ((numbers[:, 0] - window.first_ms) // window.step_ms).astype(np.int64)
-                window.values[:, rows, i] = numbers[:, 1:].T
+            numbers = as_numbers(page)
+            sound = are_sound(numbers)
+            self.refused += [f"{symbol}: {page[k]} cannot be; it counts as missing" for k in np.flatnonzero(~sound)]
+            rows = ((numbers[sound, 0] - window.first_ms) // window.step_ms).astype(np.int64)
+            window.values[:, rows, i] = numbers[sound, 1:].T
 
     def _fill_funding(self, window: _Window, i: int, symbol: str) -> None:
         "Ask for the settlements of a symbol since the last one known."

@@ -280,6 +280,7 @@ def cards_table(
 def _card_row(card: Card) -> dict[str, Any]:
     "One card as a row."
     numbers = {"z": card.z_score, "momentum": card.momentum, "volatility": card.volatility, "target": card.target}
+    texts = {"rank": "" if card.rank is None else str(card.rank), "why": "; ".join(filter(None, [card.why_not, card.outcome]))}
+    quantities = {name: f"{value:f}" if value else "" for name, value in (("held", card.held), ("wanted", card.wanted))}
     fate = f"removed by {card.removed_by}" if card.removed_by else fate_of(card)
-    return {"symbol": card.symbol, "fate": fate, **numbers, "rank": "" if card.rank is None else str(card.rank),
-            "held": f"{card.held:f}", "wanted": f"{card.wanted:f}", "why": "; ".join(filter(None, [card.why_not, card.outcome]))}
+    return {"symbol": card.symbol, "fate": fate, **numbers, **texts, **quantities}

@@ -5,8 +5,9 @@
 # %% ../../nbs/live/04_remarks.ipynb #1fd468e5
 from __future__ import annotations
 
+import html
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from xsmom_nb.live.cycle import CycleReport
 
 # %% auto #0
-__all__ = ['REMEDIES', 'recovery_remarks', 'recovery_facts', 'order_remarks', 'hour_remarks', 'hour_figures', 'headline',
-           'orders_as_json']
+__all__ = ['REMEDIES', 'recovery_remarks', 'recovery_facts', 'order_remarks', 'hour_remarks', 'banner', 'hour_figures',
+           'headline', 'orders_as_json']
 
 # %% ../../nbs/live/04_remarks.ipynb #9ae241d1
 def recovery_remarks(
@@ -36,6 +37,14 @@ def recovery_remarks(
         yield f"{order.symbol}: order {order.order_id} ({order.side} {order.quantity}) is not ours; it is left alone"
 
 # %% ../../nbs/live/04_remarks.ipynb #e206d0db
+def _count(
+    number: int,
+    what: str,  # one of them
+) -> str:
+    "A number of things."
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def recovery_facts(
     recovery: Recovery,
 ) -> dict[str, str]:  # what was looked at, to what was found
@@ -45,9 +54,10 @@ def recovery_facts(
     how = ", ".join(f"{count} {status}" for status, count in sorted(ends.items()))
     return {
         "orders of unknown fate": f"{len(settled.adopted)} found at the exchange, {len(settled.lost)} never arrived, "
-                                  f"{len(recovery.frozen)} symbols still unknown",
+                                  f"{_count(len(recovery.frozen), 'symbol')} still unknown",
         "orders of earlier hours": f"{len(cancelled.ended)} ended{f': {how}' if how else ''}",
-        "booked": f"{len(booked.fills)} fills, {len(booked.trades)} trades closed, {len(booked.entries)} movements of the wallet",
+        "booked": f"{_count(len(booked.fills), 'fill')}, {_count(len(booked.trades), 'closed trade')}, "
+                  f"{_count(len(booked.entries), 'change')} of the wallet",
         "positions": f"{len(recovery.differences)} taken over from the exchange, the others as we thought",
         "orders of others": str(len(cancelled.foreign)),
     }  # fmt: skip
@@ -73,6 +83,16 @@ def hour_remarks(
     "What somebody should know about an hour, a sentence each."
     late = [f"not waited for any longer: bars of {', '.join(report.late)}"] if report.late else []
     return [*order_remarks(report), *recovery_remarks(report.recovery), *report.decided.decision.notices, *late]
+
+# %% ../../nbs/live/04_remarks.ipynb #580c06b1
+def banner(
+    remarks: Sequence[str],  # as `hour_remarks` gives them
+) -> str:  # HTML
+    "The remarks of an hour under a green or a red bar."
+    colour = "#c62828" if remarks else "#2e7d32"
+    lines = "".join(f"<br>• {html.escape(remark)}" for remark in remarks)
+    words = f"<b>Somebody should look at this</b>{lines}" if remarks else "<b>Nothing needs anybody's attention.</b>"
+    return f'<div style="border-left: 6px solid {colour}; padding: 6px 12px; text-align: left">{words}</div>'
 
 # %% ../../nbs/live/04_remarks.ipynb #e0e809e8
 def hour_figures(
@@ -101,7 +121,7 @@ def headline(
     account: str,  # what is traded and on which data, as in "paper account on binance_perp"
 ) -> dict[str, str]:  # question to answer
     "An hour in a few lines."
-    decision, figures = report.decided.decision, hour_figures(report)
+    decision, figures, held = report.decided.decision, hour_figures(report), report.positions_after
     outcomes = [each.outcome for each in report.sent]
     counts = ", ".join(f"{outcomes.count(name)} {name}" for name in dict.fromkeys(outcomes))
     spread = "unknown" if decision.dispersion is None else f"{decision.dispersion:.2f}"
@@ -111,10 +131,11 @@ def headline(
         "decided": f"{format_utc(decision.time_ms)}, on the bar of {format_utc(decision.row_ms)}",
         "account": account,
         "equity": f"{decision.equity:,.2f}: {figures['day_return']:+.2%} today, {figures['drawdown']:.2%} below its 30-day high",
-        "held": f"{figures['gross']:.0%} gross, {round(figures['net'], 3) + 0.0:+.1%} net, in {figures['positions']} symbols",
+        "held": f"{figures['gross']:.0%} gross, {round(figures['net'], 3) + 0.0:+.1%} net, in {_count(len(held), 'symbol')}",
         "rebalance": plan,
         "orders": counts or "none",
-        "booked": f"{figures['fills']} fills, {figures['fees']:,.2f} fees and {figures['funding']:,.2f} funding paid",
+        "booked": f"{_count(len(report.recovery.booked.fills), 'fill')}, {figures['fees']:,.2f} fees and "
+                  f"{figures['funding']:,.2f} funding paid",
         "took": f"{figures['cycle_seconds']:.2f} s, the decision {figures['decision_milliseconds']:.0f} ms",
     }  # fmt: skip
 
