@@ -26,8 +26,10 @@ help: ## This list
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
-run: setup ## The main job: check the data found, backtest the shipped config and the defaults, verify the kept runs
+run: setup ## The main job: check the data, backtest, trade 48 hours on the paper exchange, decide them again, verify
 	@xsmom baseline
+	@printf '\nRehearsal: 48 hours on the paper exchange\n\n'
+	@xsmom rehearsal
 
 test: setup ## Everything CI runs: house checks, ruff, mypy, every notebook, pytest with coverage
 	@bash .ci/run

@@ -5,18 +5,25 @@
 # %% ../../nbs/runs/06_batch.ipynb #4873578e
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..clock import SimulatedClock, format_utc
 from ..config import Config
 from ..errors import XsmomError
+from ..live.cycle import CycleReport
+from ..live.desk import open_desk
+from ..live.remarks import hour_figures, orders_as_json
+from .cases import BatchRecorder
 from .execute import Ending, Run, find_project, keep_run
 from .record import RunFolder
 from ..state import State
 
 # %% auto #0
-__all__ = ['attempt', 'run_directly']
+__all__ = ['attempt', 'run_directly', 'figures_of', 'trade_hours']
 
 # %% ../../nbs/runs/06_batch.ipynb #a44cb0f3
 def attempt(
@@ -49,3 +56,65 @@ def run_directly(
     tree = (project or find_project()).resolve()
     return keep_run(kind, parameters, config, lambda folder: attempt(work, folder), project=tree, root=root, state=state,
                     secrets=secrets)
+
+# %% ../../nbs/runs/06_batch.ipynb #d7242b06
+def figures_of(
+    hours: Sequence[Mapping[str, float]],  # as `hour_figures` gives them, ascending by time, at least one
+) -> dict[str, float]:
+    "The figures of many hours: of their end, in sum, and at worst."
+    summed = ("orders", "accepted", "rejected", "unknown", "fills", "fees", "funding", "remarks")
+    equity = [hour["equity"] for hour in hours]
+    peaks = itertools.accumulate(equity, max)
+    return {
+        "cycles": len(hours), "equity": equity[-1], "total_return": equity[-1] / equity[0] - 1,
+        "max_drawdown": max(1 - now / peak for now, peak in zip(equity, peaks, strict=True)),
+        **{name: sum(hour[name] for hour in hours) for name in summed}, "gross": hours[-1]["gross"], "net": hours[-1]["net"],
+        "decision_milliseconds": statistics.median(hour["decision_milliseconds"] for hour in hours),
+    }  # fmt: skip
+
+# %% ../../nbs/runs/06_batch.ipynb #35cef7ee
+def _keep_figures(
+    folder: RunFolder,
+    hours: Mapping[int, Mapping[str, float]],  # figures of each hour, by its time in UTC ms
+) -> None:
+    "Write equity and figures, if there was an hour at all."
+    import pandas as pd
+
+    if hours:
+        times = pd.to_datetime(list(hours), unit="ms", utc=True).rename("timestamp")
+        folder.write_frame("equity", pd.DataFrame({"equity": [hour["equity"] for hour in hours.values()]}, index=times))
+        folder.write_metrics(figures_of(list(hours.values())))
+
+# %% ../../nbs/runs/06_batch.ipynb #9bcebaf0
+def trade_hours(
+    config: Config,  # paper mode; `live.state_url` and `paper.account_url` name the account
+    times_ms: Sequence[int],  # of the cycles on the simulated clock, ascending, UTC ms
+    on_hour: Callable[[CycleReport], None],  # is told what came of each
+    *,
+    data: str | None = None,  # folder of market data; None: searched for
+    dataset: str | None = None,  # None: `paths.dataset`
+    project: Path | None = None,  # the working tree, where relative paths start; None: found from the working folder
+    root: Path | None = None,  # folder of all runs; None: `runs.root` of the config
+    state: State | None = None,  # that remembers the end of the chain; None: the store of `live.state_url`
+    secrets: Mapping[str, str] | None = None,  # value of each secret by its name; None: from the environment and `.env`
+) -> Run:
+    "Take one cycle at each time, in this process, as one audited run of kind `live`; raises `RunFailed` when one fails."
+    tree = (project or find_project()).resolve()
+
+    def work(folder: RunFolder) -> None:
+        recorder, hours = BatchRecorder(folder), dict[int, dict[str, float]]()
+        with open_desk(config, data=data, dataset=dataset, now_ms=times_ms[0], base=tree) as desk:
+            assert isinstance(desk.clock, SimulatedClock), "it was given a time"
+            try:
+                for time_ms in times_ms:
+                    desk.clock.set(time_ms)
+                    report = desk.cycle(recorder, run_id=folder.run_id)
+                    folder.append_json("orders", {"row_ms": report.decided.decision.row_ms, "orders": orders_as_json(report)})
+                    hours[report.decided.decision.time_ms] = hour_figures(report)
+                    on_hour(report)
+            finally:
+                _keep_figures(folder, hours)
+
+    asked = {"data": data or "", "dataset": dataset or "", "cycles": len(times_ms),
+             "first": format_utc(times_ms[0]), "last": format_utc(times_ms[-1])}
+    return run_directly("live", work, asked, config, project=tree, root=root, state=state, secrets=secrets)
