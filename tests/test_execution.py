@@ -28,7 +28,7 @@ HOUR_MS = 3_600_000
 ROW_MS = 1_704_067_200_000
 NOW_MS = ROW_MS + HOUR_MS + 60_000  # the bar has closed a minute ago
 CONFIG = Config()
-TOO_LATE_MS = CONFIG.exchange.recv_window_ms + CLOCK_MARGIN_MS + 1
+TOO_LATE_MS = CONFIG.exchange.recv_window_ms + CLOCK_MARGIN_MS + 1  # for a request that was sent at a known time
 PRICE = Decimal(100)
 
 
@@ -249,8 +249,8 @@ def test_a_lost_answer_is_asked_for_and_the_order_adopted(desk):
 
 def test_an_unknown_order_freezes_its_symbol_until_it_is_found(desk):
     desk.venue.faults = ["late"]
-    sent = desk.send(meant(), meant(leg="increase"), meant("BBBUSDT"))
-    assert [each.outcome for each in sent] == ["unknown", "dropped", "accepted"]
+    sent = desk.send(meant(), meant(leg="increase"), meant(leg="decrease"), meant("BBBUSDT"))
+    assert [each.outcome for each in sent] == ["unknown", "exists", "dropped", "accepted"]
     found = desk.recover(row_ms=ROW_MS)
     assert found.frozen == {"AAAUSDT"}
     assert desk.send(meant(row_ms=ROW_MS + HOUR_MS), frozen=found.frozen)[0].outcome == "dropped"
@@ -525,7 +525,7 @@ def test_a_process_may_be_killed_at_every_line(tmp_path, point):
     name = meant().request.link_id
     expected = {"before_intent_commit": {}, "after_commit_before_post": {name: "unknown"}}
     assert desk.statuses() == expected.get(point, {name: "accepted"})
-    desk.recover(row_ms=ROW_MS, later_ms=TOO_LATE_MS)
+    desk.recover(row_ms=ROW_MS, later_ms=TOO_LATE_MS + CONFIG.exchange.recv_window_ms)
     desk.agrees()
     again = desk.send(*crash_case())  # the hour is decided again, and gives the same orders
     assert [each.outcome for each in again] == ["accepted" if point == "before_intent_commit" else "exists", "accepted"]

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from .clock import DAY_MS, format_utc, last_closed_open_ms
+import numpy as np
+
+from .clock import DAY_MS, format_utc, last_closed_open_ms, timeframe_ms
 from .config import Config
 from .decision import Aim, Card, DayOfEquity, Decision, Memory, Snapshot, Verdict
 from .errors import DataError, RefusedError
@@ -23,9 +25,13 @@ from .strategy.trace import CoreRow, outside, trace_row
 from .strategy.turnover import is_rebalance_row
 
 # %% auto #0
-__all__ = ['DAYS_REMEMBERED', 'NO_BARS', 'require_sound', 'Facts', 'gather_facts', 'wanted_quantity', 'remember_equity', 'decide']
+__all__ = ['FEWEST_BARS', 'MOST_APART', 'DAYS_REMEMBERED', 'NO_BARS', 'require_sound', 'Facts', 'gather_facts', 'wanted_quantity',
+           'remember_equity', 'takes_risk', 'decide']
 
 # %% ../nbs/51_decide.ipynb #4b4f2bab
+FEWEST_BARS = 0.75  # share of the symbols of the last two bars that must have the newest one
+
+
 def require_sound(
     snapshot: Snapshot,
     memory: Memory,
@@ -39,8 +45,11 @@ def require_sound(
         fault = "the bars are stale: look at the feed" if row_ms < due_ms else "that bar has not closed: look at the clock"
         bars = f"its newest bar opened at {format_utc(row_ms)}, expected {format_utc(due_ms)}"
         raise RefusedError(f"snapshot of {now}: {bars}; {fault}")
-    if not any(math.isfinite(close) for close in snapshot.panel.close[-1]):
-        raise RefusedError(f"snapshot of {now}: no symbol has its bar of {format_utc(row_ms)}; look at the feed")
+    arrived = np.isfinite(snapshot.panel.close[-2:])
+    there, known = int(arrived[-1].sum()), int(arrived.any(axis=0).sum())
+    if not there or there < FEWEST_BARS * known:
+        bars = f"{there} of {known} symbols have their bar of {format_utc(row_ms)}, expected at least {FEWEST_BARS:.0%}"
+        raise RefusedError(f"snapshot of {now}: {bars}; look at the feed")
     if memory.last_row_ms is not None and row_ms < memory.last_row_ms:
         raise RefusedError(f"snapshot of {now}: row {format_utc(row_ms)} lies before {format_utc(memory.last_row_ms)}, which was "
                            "decided already; a clock goes backwards, or this memory belongs to another account")
@@ -78,6 +87,9 @@ class Facts:
         return self.instrument is not None and not self.instrument.is_trading
 
 # %% ../nbs/51_decide.ipynb #829fbfaf
+MOST_APART = 1.25  # ratio of the highest to the lowest price of one symbol, above which one of them is wrong
+
+
 def _trouble(
     snapshot: Snapshot,
     column: int | None,
@@ -96,8 +108,11 @@ def _trouble(
         return None  # it is closed whatever its bars say
     if column is None:
         return "there are no bars of it"
-    if not math.isfinite(snapshot.panel.close[-1, column]):
+    if not math.isfinite(close := float(snapshot.panel.close[-1, column])):
         return "its bar is missing"
+    prices = close, float(ticker.bid), float(ticker.ask), float(ticker.mark)
+    if max(prices) > MOST_APART * min(prices):
+        return f"its prices contradict each other: bar {close:g}, bid {ticker.bid}, ask {ticker.ask}, mark {ticker.mark}"
     return None
 
 # %% ../nbs/51_decide.ipynb #5f5d865f
@@ -136,7 +151,8 @@ def _rebalanced(
                          config.execution.trade_rate, config.execution.rebalance_band)
     if share == current:
         return facts.held, _why_unchanged(current, row, facts.column, config)
-    return quantity_for(share, equity, facts.ticker.mark, facts.instrument), ""
+    quantity = quantity_for(share, equity, facts.ticker.mark, facts.instrument)
+    return quantity, f"no order: {share:.3%} of equity is {quantity} in whole steps, which is what is held"
 
 # %% ../nbs/51_decide.ipynb #73355828
 def _why_no_target(
@@ -290,6 +306,7 @@ def _notices(
     snapshot: Snapshot,
     facts: Mapping[str, Facts],
     wanted: Mapping[str, tuple[Decimal, str]],
+    memory: Memory,
     config: Config,
 ) -> tuple[str, ...]:
     "One sentence for each thing that is not as it should be."
@@ -298,22 +315,35 @@ def _notices(
     absent = [symbol for symbol, each in facts.items() if each.trouble == "its bar is missing" and not each.held]
     if absent:
         said.append(f"bars of {format_utc(snapshot.row_ms)} are missing: {', '.join(absent)}; no entry there")
+    step_ms = timeframe_ms(snapshot.panel.timeframe)
+    if memory.last_row_ms is not None and (missed := (snapshot.row_ms - memory.last_row_ms) // step_ms - 1) > 0:
+        said.append(f"{missed} rows after {format_utc(memory.last_row_ms)} were not decided")
     if (rows := snapshot.panel.shape[0]) < (needed := history_bars(config)):
         said.append(f"{rows:,} bars of history, {needed:,} are needed until the averages have forgotten how they began")
     return tuple(said)
 
-# %% ../nbs/51_decide.ipynb #3f7ae209
+# %% ../nbs/51_decide.ipynb #e00fccd8
+def takes_risk(
+    held: Decimal,  # signed quantity
+    wanted: Decimal,  # signed quantity
+) -> bool:
+    "Whether going from one to the other enlarges a position, or turns it around."
+    return held * wanted < 0 or abs(wanted) > abs(held)
+
+# %% ../nbs/51_decide.ipynb #4d1fc220
 def _memory_after(
     memory: Memory,
     snapshot: Snapshot,
     facts: Mapping[str, Facts],
     wanted: Mapping[str, tuple[Decimal, str]],
+    rebalances: bool,
 ) -> Memory:
     "What is remembered for the next decision."
-    frozen = {symbol: aim for symbol, aim in memory.unfinished.items() if symbol in facts and facts[symbol].trouble is not None}
+    unseen = {symbol: aim for symbol, aim in memory.unfinished.items() if symbol in facts and facts[symbol].trouble is not None}
+    kept = {symbol: aim for symbol, aim in unseen.items() if not (rebalances and takes_risk(facts[symbol].held, aim.wanted))}
     aims = {symbol: Aim(wanted[symbol][0], each.held) for symbol, each in facts.items() if wanted[symbol][0] != each.held}
     return Memory(
-        last_row_ms=snapshot.row_ms, unfinished=dict(sorted({**frozen, **aims}.items())),
+        last_row_ms=snapshot.row_ms, unfinished=dict(sorted({**kept, **aims}.items())),
         days=remember_equity(memory.days, snapshot.time_ms, snapshot.account.equity))
 
 # %% ../nbs/51_decide.ipynb #d0ecda9f
@@ -338,6 +368,6 @@ def decide(
         row_ms=snapshot.row_ms, time_ms=snapshot.time_ms, rebalances=rebalances, may_enter=row.may_enter,
         names_per_side=row.names_per_side, dispersion=_number(row.dispersion), equity=equity,
         targets={symbol: float(weight) for symbol, weight in zip(snapshot.panel.symbols, row.weights, strict=True)},
-        intents=plan.intents, memory=_memory_after(memory, snapshot, facts, wanted),
+        intents=plan.intents, memory=_memory_after(memory, snapshot, facts, wanted, rebalances),
         cards=_cards(facts, row, market, parameters, wanted, plan, equity),
-        notices=_notices(snapshot, facts, wanted, config))
+        notices=_notices(snapshot, facts, wanted, memory, config))

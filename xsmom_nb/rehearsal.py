@@ -26,42 +26,22 @@ if TYPE_CHECKING:
     from xsmom_nb.state import State
 
 # %% auto #0
-__all__ = ['app', 'ACCOUNT', 'NOTEBOOKS', 'DIRECT', 'AGAIN', 'Rehearsed', 'raise_if_different', 'rehearse', 'as_facts',
+__all__ = ['app', 'ACCOUNT', 'NOTEBOOKS', 'DIRECT', 'AGAIN', 'raise_if_different', 'Rehearsed', 'rehearse', 'as_facts',
            'rehearsal']
 
 # %% ../nbs/96b_rehearsal.ipynb #c0aceb8c
 app = new_app("A rehearsal.")
 
 # %% ../nbs/96b_rehearsal.ipynb #2d1328e2
-@dataclass(frozen=True)
-class Rehearsed:
-    "The runs of a rehearsal, and what their replays say."
-
-    notebooks: list[Run]  # kind live_cycle, one for each of the first hours
-    direct: Run | None  # kind live, all others
-    replays: list[Replay]
-    seconds: dict[str, float]  # how long each part took
-
-    @property
-    def decisions(self) -> int:
-        "How many were taken."
-        return sum(replay.decisions for replay in self.replays)
-
-    @property
-    def equal(self) -> int:
-        "How many came out again, bit for bit."
-        return sum(replay.equal for replay in self.replays)
-
-# %% ../nbs/96b_rehearsal.ipynb #05cfe6d3
 def raise_if_different(
     replays: Sequence[Replay],
 ) -> None:
     "Raise `IntegrityError` naming the first run whose decisions do not come out again."
     for replay in replays:
         if not replay.ok:
-            raise IntegrityError(
-                f"run {replay.run_id}: {replay.equal} of {replay.decisions} decisions came out again, expected all; the first that "
-                f"differs: {replay.difference}; `xsmom runs replay {replay.run_id}` tells more")
+            counts = f"{replay.equal} of {replay.decisions} decisions came out again, expected all"
+            raise IntegrityError(f"run {replay.run_id}: {counts}; the first that differs: {replay.difference}; "
+                                 f"`xsmom runs replay {replay.run_id}` tells more")
 
 # %% ../nbs/96b_rehearsal.ipynb #91713e49
 @dataclass(frozen=True)
@@ -138,7 +118,8 @@ def as_facts(
     }
 
 # %% ../nbs/96b_rehearsal.ipynb #12020acb
-@app.command("rehearsal", epilog=examples("xsmom rehearsal", "xsmom rehearsal --cycles 240 --notebooks 2", "xsmom rehearsal --json"))
+@app.command("rehearsal", epilog=examples(
+    "xsmom rehearsal", "xsmom rehearsal --cycles 240 --notebooks 2", "xsmom rehearsal --json"))
 def rehearsal(
     cycles: Annotated[int, typer.Option("--cycles", min=1, help="How many hours, the last before the holdout.")] = 48,
     notebooks: Annotated[int, typer.Option("--notebooks", min=0, help="How many of the first go through papermill.")] = 12,

@@ -42,8 +42,8 @@ from ..ports import OrderRequest
 from ..ports import Ticker
 
 # %% auto #0
-__all__ = ['CANNOT_REDUCE', 'NO_LIQUIDITY', 'WOULD_TAKE', 'CONTRACT_ENDED', 'Venue', 'venue_of', 'draw', 'Depth', 'depth_of',
-           'ended', 'executed', 'whole_steps', 'accepted', 'matched', 'delisted', 'Happening', 'advanced']
+__all__ = ['CANNOT_REDUCE', 'NO_LIQUIDITY', 'WOULD_TAKE', 'LATEST_SHARE', 'CONTRACT_ENDED', 'Venue', 'venue_of', 'draw', 'Depth',
+           'depth_of', 'ended', 'executed', 'whole_steps', 'accepted', 'matched', 'delisted', 'Happening', 'advanced']
 
 # %% ../../nbs/exchange/01_matching.ipynb #4d132260
 @dataclass(frozen=True)
@@ -228,6 +228,9 @@ def _crosses(order: Order, depth: Depth) -> bool:
     return order.price >= depth.ask if order.side == "Buy" else order.price <= depth.bid
 
 # %% ../../nbs/exchange/01_matching.ipynb #60e80bd0
+LATEST_SHARE = 0.1  # of a bar that may be over when an order comes that is to take part in it
+
+
 def matched(
     books: Books,
     symbol: str,  # with a holding
@@ -241,7 +244,8 @@ def matched(
         raise DataError(f"{symbol} at {format_utc(bar.open_time_ms)}: {bar}; expected finite prices above 0; "
                         "leave a missing bar out")
     step, close_ms = Step(books), bar.open_time_ms + venue.step_ms
-    waiting = [order for order in books.orders.values() if order.symbol == symbol and order.created_ms < close_ms]
+    latest_ms = bar.open_time_ms + int(LATEST_SHARE * venue.step_ms)
+    waiting = [order for order in books.orders.values() if order.symbol == symbol and order.created_ms <= latest_ms]
     for order in waiting:
         if instrument and order.link_id in step.books.orders:  # a fill may have ended others
             step = step.then(_rest(step.books, order, bar, instrument, venue, max(close_ms, reached_ms)))

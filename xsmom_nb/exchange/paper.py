@@ -5,6 +5,7 @@
 # %% ../../nbs/exchange/03_paper.ipynb #b97dea0e
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
@@ -67,13 +68,20 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # %% auto #0
-__all__ = ['Answer', 'Action', 'closed_bars', 'past_settlements', 'happenings', 'require_forward', 'PaperAccount', 'met',
-           'placing', 'cancelling', 'answered', 'PassedThrough', 'PaperExchange', 'totals', 'price_result']
+__all__ = ['Answer', 'Action', 'is_whole', 'closed_bars', 'past_settlements', 'happenings', 'require_forward', 'PaperAccount',
+           'met', 'placing', 'cancelling', 'answered', 'PassedThrough', 'PaperExchange', 'totals', 'price_result']
 
 # %% ../../nbs/exchange/03_paper.ipynb #18adea68
 _PAGE = 1000  # bars or settlements asked for at a time
 
 # %% ../../nbs/exchange/03_paper.ipynb #cc76a6d7
+def is_whole(
+    bar: Bar,
+) -> bool:
+    "Whether a bar can be matched against."
+    return all(map(math.isfinite, (bar.high, bar.low, bar.close, bar.volume))) and min(bar.low, bar.close) > 0
+
+# %% ../../nbs/exchange/03_paper.ipynb #c4f87524
 def closed_bars(
     market: QuotePort,
     symbol: str,
@@ -85,7 +93,7 @@ def closed_bars(
     step_ms, bars = timeframe_ms(timeframe), []
     while start_ms + step_ms <= now_ms:
         page = market.fetch_bars(symbol, timeframe, start_ms, min(_PAGE, (now_ms - start_ms) // step_ms))
-        bars += [bar for bar in page if bar.open_time_ms + step_ms <= now_ms]
+        bars += [bar for bar in page if bar.open_time_ms + step_ms <= now_ms and is_whole(bar)]
         if not page:
             break
         start_ms = page[-1].open_time_ms + step_ms

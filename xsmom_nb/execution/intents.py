@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from ..ports import OrderRequest
 
 # %% auto #0
-__all__ = ['Leg', 'LONGEST_SYMBOL', 'link_id', 'Intent']
+__all__ = ['Leg', 'LONGEST_SYMBOL', 'link_id', 'has_our_name', 'Intent']
 
 # %% ../../nbs/execution/00_intents.ipynb #199bbe8c
 Leg = Literal["open", "increase", "decrease", "close"]  # what an order does to the position
@@ -27,7 +28,17 @@ def link_id(
     "The name of the order that one decision takes in one symbol."
     if len(symbol) > LONGEST_SYMBOL:
         symbol = symbol[: LONGEST_SYMBOL - 8] + hashlib.sha256(symbol.encode()).hexdigest()[:8]
-    return f"{row_ms // 60_000:x}-{symbol}-{leg[:3]}"
+    return f"{row_ms // 60_000:x}-{symbol}-{'in' if leg in ('open', 'increase') else 'out'}"
+
+# %% ../../nbs/execution/00_intents.ipynb #9396a046
+_OUR_NAME = re.compile(r"[0-9a-f]{1,8}-[A-Za-z0-9_]+-(in|out)")
+
+
+def has_our_name(
+    link_id: str,
+) -> bool:
+    "Whether an order has a name that only we give."
+    return _OUR_NAME.fullmatch(link_id) is not None
 
 # %% ../../nbs/execution/00_intents.ipynb #9075512e
 @dataclass(frozen=True, slots=True)

@@ -373,7 +373,7 @@ def book_fills(
                     ":is_maker, :time_ms) ON CONFLICT (fill_id) DO NOTHING")
     new: list[Fill] = []
     trades: list[Trade] = []
-    for fill in sorted(fills, key=lambda fill: (fill.time_ms, fill.fill_id)):
+    for fill in sorted(fills, key=lambda fill: fill.time_ms):
         values = {name: getattr(fill, name) for name in Fill.__dataclass_fields__} | {"is_maker": int(fill.is_maker)}
         values |= {name: _text(values[name]) for name in ("quantity", "price", "fee")}
         if connection.execute(statement, values).rowcount:

@@ -257,7 +257,7 @@ def sentence_of(
     where = "at market" if request.price is None else f"at {_text(request.price)}"
     how = ", post-only," if request.time_in_force == "PostOnly" else ""
     verbs = {"open": f"open {_text(after)}", "close": f"close {_text(held)}",
-             "increase": f"raise {_text(held)} to {_text(after)}", "decrease": f"reduce {_text(held)} to {_text(after)}"}
+             "increase": f"enlarge {_text(held)} to {_text(after)}", "decrease": f"reduce {_text(held)} to {_text(after)}"}
     order = f"{request.side.lower()} {_text(request.quantity)} {where}{how} to {verbs[intent.leg]}"
     return f"once that has filled, {order}" if intent.waits_for else order
 

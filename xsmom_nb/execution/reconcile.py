@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ..clock import format_utc
 from ..config import Config
+from .intents import has_our_name
 from .journal import Booked
 from .journal import Entry
 from .journal import RECONCILED
@@ -69,7 +70,8 @@ def settle_intent(
     "Ask the exchange what became of one intent, and keep the answer."
     request = entry.intent.request
     order = ask(lambda: port.find_order(request.symbol, request.link_id))
-    last_chance_ms = (entry.sent_ms or entry.created_ms) + config.exchange.recv_window_ms + CLOCK_MARGIN_MS
+    window_ms = config.exchange.recv_window_ms
+    last_chance_ms = (entry.sent_ms or entry.created_ms + window_ms) + window_ms + CLOCK_MARGIN_MS
     with state.write() as connection:
         if order is not None:
             upsert_orders(connection, [order], now_ms)
@@ -139,7 +141,9 @@ def note_open_orders(
     for order in foreign:
         if not knows_order(connection, order.order_id):
             what = f"{order.side} {order.quantity} {f'at {order.price}' if order.price else 'at market'}"
-            text = f"{order.symbol}: order {order.order_id} ({what}) is not ours; it is left alone"
+            lost = "has our name and is not in our journal; it is cancelled"
+            fate = lost if has_our_name(order.link_id) else "is not ours; it is left alone"
+            text = f"{order.symbol}: order {order.order_id} ({what}) {fate}"
             emit(connection, now_ms, "WARNING", "foreign_order", text, order.symbol, {"order_id": order.order_id})
     upsert_orders(connection, orders, now_ms)
     return foreign
@@ -168,6 +172,17 @@ class Cancelled:
     foreign: tuple[Order, ...] = ()  # open, and not ours
 
 # %% ../../nbs/execution/03_reconcile.ipynb #4c2d46c4
+def _cancelled(port: ExchangePort, symbol: str, link_id: str) -> Order | None:
+    "Cancel an order and read back what it has become."
+    port.cancel_order(symbol, link_id)
+    return look_until_ended(port, symbol, link_id)
+
+
+def _still_open(order: Order | None) -> bool:
+    "Whether an order could still fill."
+    return order is not None and order.is_open
+
+# %% ../../nbs/execution/03_reconcile.ipynb #da42b020
 def cancel_stale(
     port: ExchangePort,
     state: State,
@@ -180,24 +195,23 @@ def cancel_stale(
         foreign = note_open_orders(connection, open_orders, now_ms)
         entries = [entry for entry in unfinished_intents(connection) if entry.status == "accepted"]
     by_name = {order.link_id: order for order in open_orders}
-    ended, frozen = [], set()
+    forgotten = [order for order in foreign if has_our_name(order.link_id)]
+    ended: list[Order] = []
+    frozen = {order.symbol for order in forgotten if _still_open(_cancelled(port, order.symbol, order.link_id))}
     for entry in entries:
         symbol, name = entry.intent.request.symbol, entry.intent.request.link_id
         order = by_name[name] if name in by_name else _found(port, symbol, name)
         if order is not None and order.is_open:
             if entry.row_ms >= row_ms:
                 continue
-            port.cancel_order(symbol, name)
-            order = look_until_ended(port, symbol, name)
+            order = _cancelled(port, symbol, name)
         with state.write() as connection:
             _note_ended(connection, entry, order, now_ms)
-        if order is not None and order.is_open:
+        if _still_open(order):
             frozen.add(symbol)
         elif order is not None:
             ended.append(order)
-    return Cancelled(tuple(ended), frozenset(frozen), foreign)
-
-
+    return Cancelled(tuple(ended), frozenset(frozen), tuple(order for order in foreign if order not in forgotten))
 
 # %% ../../nbs/execution/03_reconcile.ipynb #9bae34ae
 OVERLAP_MS = 600_000  # how late the exchange may tell something

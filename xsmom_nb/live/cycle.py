@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..clock import Clock, format_utc, last_closed_open_ms
 from ..config import Config
 from ..decide import decide
 from ..decision import Decided, Decision, Memory, Snapshot, as_json, from_json
-from ..errors import RefusedError
+from ..errors import DataError, RefusedError
 from ..database import sql
 from ..execution.execute import Sent, send_intents
 from ..execution.journal import drop_intent
@@ -23,11 +23,11 @@ from ..execution.reconcile import Recovery, ask, book_news, recover
 from .history import History
 from ..market.panel import Panel
 from ..outbox import beat, emit
-from ..ports import Account, ExchangePort, Instrument, Position, Recorder
+from ..ports import Account, ExchangePort, Instrument, Position, Recorder, TransientError
 from ..state import State, load_memory, save_equity, save_memory
 
 # %% auto #0
-__all__ = ['WAIT_SECONDS', 'MEMORY', 'late_symbols', 'gather', 'require_right_time', 'stop_file', 'recall', 'persist',
+__all__ = ['WAIT_SECONDS', 'MEMORY', 'late_symbols', 'gather', 'require_right_time', 'stop_file', 'recall', 'remember', 'persist',
            'CycleReport', 'carry_out', 'run_cycle']
 
 # %% ../../nbs/live/01_cycle.ipynb #1aba2d68
@@ -49,11 +49,11 @@ def gather(
     history: History,
     clock: Clock,
     config: Config,
+    row_ms: int,  # the row that recovery was for, open time in UTC ms
     wait: Callable[[float], None] = time.sleep,  # takes seconds; on a simulated clock it moves the clock
 ) -> tuple[Snapshot, tuple[str, ...]]:  # and the symbols that were not waited for any longer
     "Everything the decision sees; raises `TransientError` when the exchange cannot be read."
     deadline_ms = clock.now_ms() + config.live.bar_wait_seconds * 1000
-    row_ms = last_closed_open_ms(clock.now_ms(), config.exchange.timeframe)
     instruments, positions = tuple(ask(port.fetch_instruments)), tuple(ask(port.fetch_positions))
     symbols = {each.symbol for each in instruments if each.is_trading} | {each.symbol for each in positions}
     while late := late_symbols(panel := history.panel(sorted(symbols), row_ms), instruments):
@@ -94,23 +94,39 @@ MEMORY = "decide"  # under which name the state keeps the memory of decisions
 def recall(
     state: State,
 ) -> Memory:
-    "The memory that the last completed cycle left; raises `DataError` for one that cannot be read."
+    "The memory that the last recorded decision left; raises `DataError` for one that cannot be read."
     with state.read() as connection:
         kept = load_memory(connection, MEMORY)
-    return Memory() if kept is None else from_json(Memory, kept)
+    try:
+        return Memory() if kept is None else from_json(Memory, kept)
+    except DataError as error:
+        raise DataError(f"state {state.location}: {error}; restore the newest backup of the file, or, to forget what was "
+                        f"wanted, delete the row {MEMORY!r} of its table memory") from error
 
 
+def remember(
+    state: State,
+    memory: Memory,
+    now_ms: int,  # UTC ms
+) -> None:
+    "Keep the memory for the next decision."
+    with state.write() as connection:
+        save_memory(connection, MEMORY, as_json(memory), now_ms)
+
+# %% ../../nbs/live/01_cycle.ipynb #24b52fb9
 def persist(
     state: State,
     decided: Decided,
     late: tuple[str, ...],
+    refused: Sequence[str],  # bars that cannot be, a sentence each
     detail: str,  # what was done, for people
     now_ms: int,  # UTC ms
 ) -> None:
     "Keep what the next cycle needs, tell what somebody should know, and note that this one is complete."
     decision, account = decided.decision, decided.snapshot.account
     with state.write() as connection:
-        save_memory(connection, MEMORY, as_json(decision.memory), now_ms)
+        for text in refused:
+            emit(connection, now_ms, "WARNING", "bad_bar", text)
         save_equity(connection, decision.time_ms, account.equity, account.wallet_balance)
         for notice in decision.notices:
             emit(connection, now_ms, "WARNING", "notice", notice)
@@ -169,6 +185,14 @@ def carry_out(
     return (*send_intents(port, state, allowed, decision.row_ms, run_id, versions, frozen, clock, config), *held_back)
 
 # %% ../../nbs/live/01_cycle.ipynb #374e8e5d
+def _afterwards(port: ExchangePort, snapshot: Snapshot) -> tuple[Account, tuple[Position, ...]]:
+    "Account and positions for the report; those of before where the line fails now, since all is done and kept."
+    try:
+        return ask(port.fetch_account), tuple(ask(port.fetch_positions))
+    except TransientError:
+        return snapshot.account, snapshot.positions
+
+# %% ../../nbs/live/01_cycle.ipynb #b20d2e6f
 def run_cycle(
     port: ExchangePort,
     history: History,
@@ -188,17 +212,17 @@ def run_cycle(
         recovery = recover(port, state, row_ms, clock.now_ms(), config)
     with _timed(seconds, "gather"):
         versions, memory = _versions(state), recall(state)
-        snapshot, late = gather(port, history, clock, config, wait)
+        snapshot, late = gather(port, history, clock, config, row_ms, wait)
     with _timed(seconds, "decide"):
         decided = Decided(snapshot, memory, decide(snapshot, memory, config))
     with _timed(seconds, "record"):
         recorder.record(decided)
+        remember(state, decided.decision.memory, clock.now_ms())
     with _timed(seconds, "execute"):
         sent = carry_out(
             port, state, decided.decision, versions, recovery.frozen, clock, config, stop_file(config, base), run_id)
         book_news(port, state, clock.now_ms())
     with _timed(seconds, "persist"):
         detail = f"{sum(each.outcome == 'accepted' for each in sent)} orders of {len(decided.decision.intents)}"
-        persist(state, decided, late, detail, clock.now_ms())
-    account, positions = ask(port.fetch_account), tuple(ask(port.fetch_positions))
-    return CycleReport(decided, recovery, late, sent, account, positions, seconds)
+        persist(state, decided, late, history.refused, detail, clock.now_ms())
+    return CycleReport(decided, recovery, late, sent, *_afterwards(port, snapshot), seconds)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..clock import format_utc, timeframe_ms
-from ..errors import RefusedError
+from ..errors import DataError, RefusedError
 from ..market.panel import FIELDS, Panel, settlement_rows, whole_minutes
 from ..market.sync import pages, patiently
 from ..ports import Bar, MarketDataPort
@@ -126,8 +126,11 @@ class History:
         window = _moved(window, wanted, row_ms)
         self.refused = []
         for i, symbol in enumerate(wanted):
-            self._fill_bars(window, i, symbol)
-            self._fill_funding(window, i, symbol)
+            try:
+                self._fill_bars(window, i, symbol)
+                self._fill_funding(window, i, symbol)
+            except DataError as error:  # of this symbol alone: what did not come counts as missing
+                self.refused.append(f"{symbol}: {error}")
         self._window = window
         return _panel_of(window, self._timeframe, self._origin)
 

@@ -98,7 +98,7 @@ def simulated_times(
     start_ms: int | None,  # --start, UTC ms; None: where the account stands
     reached: Reached,
 ) -> list[int]:  # of the cycles, ascending, UTC ms
-    "When the cycles take place; raises `RefusedError` before the account's time and in the holdout, `UsageError` without data."
+    "When the cycles take place; raises `RefusedError` before the account's time, `UsageError` without data."
     step, holdout = timeframe_ms(calendar.timeframe), holdout_start_ms(calendar, config)
     lag, opens = step + config.live.rebalance_minute * 60_000, calendar.open_time_ms
     earliest = max(-1 if reached.row_ms is None else reached.row_ms + 1, (reached.time_ms or 0) - lag)
@@ -117,7 +117,4 @@ def simulated_times(
         span = f"{format_utc(int(opens[0]) + lag)} to {format_utc(int(opens[-1]) + lag)}"
         raise UsageError(f"{said}: the data of {calendar.origin} has cycles from {span}; ask for fewer, choose another --start, "
                          "or begin the account anew with --fresh")
-    if last >= holdout:
-        raise RefusedError(f"{said}: this reaches into the holdout, which begins at {format_utc(holdout)} "
-                           "(optimizer.holdout_start); ask for fewer cycles, or begin anew with --fresh --start TIME")
     return [row + lag for row in range(first, last + 1, step)]
