@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from xsmom_nb.live.cycle import CycleReport
     from xsmom_nb.market.panel import Panel
     from xsmom_nb.runs.execute import Run
+    from xsmom_nb.runs.kernel import Kernel
     from xsmom_nb.state import State
 
 # %% auto #0
@@ -123,6 +124,7 @@ def run_each(
     place: dict[str, str],  # `data` and `dataset`, as the notebook takes them
     state: State,  # the main one, with the chain of runs
     told: Callable[[Sequence[Hour]], None],  # is given the hours so far
+    kernel: Kernel | None = None,  # for the first, if there is one already
 ) -> tuple[list[Hour], Run]:  # and the last run
     "Each cycle as an audited run of the notebook `live_cycle`; raises `RunFailed` at the first that fails."
     from xsmom_nb.clock import format_utc
@@ -130,7 +132,8 @@ def run_each(
 
     hours: list[Hour] = []
     for time_ms in times_ms:
-        run = execute_run("live_cycle", {**place, "now": format_utc(time_ms)}, config, state=state, progress=False)
+        parameters = {**place, "now": format_utc(time_ms)}
+        run = execute_run("live_cycle", parameters, config, state=state, progress=False, kernel=None if hours else kernel)
         hours.append(hour_of_run(run))
         told(hours)
     return hours, run
@@ -189,7 +192,7 @@ def simulate(
     cycles: int,
     start: str | None,  # --start
     fresh: bool,  # begin the account anew
-    together: bool,  # all cycles in this process
+    kernel: Kernel | None,  # for the first cycle; None: all cycles in this process
     as_json: bool,  # --json
 ) -> None:
     "Trade a simulated account over recorded hours and say what came of it."
@@ -206,7 +209,10 @@ def simulate(
     with ExitStack() as stack:
         state = stack.enter_context(open_state(config.live.state_url, base=project))
         told = _tell(stack.enter_context(progress("live")), cycles, quiet=as_json)
-        hours, run = (run_together if together else run_each)(own, times_ms, place, state, told)
+        if kernel is None:
+            hours, run = run_together(own, times_ms, place, state, told)
+        else:
+            hours, run = run_each(own, times_ms, place, state, told, kernel)
     if as_json:
         print_json({"account": account, "hours": [asdict(hour) for hour in hours], **run_as_json(run)})
     else:
@@ -245,6 +251,7 @@ def print_cycle(
 def trade_now(
     config: Config,
     recording: tuple[dict[str, str], Panel],  # as `recording_of` gives it
+    kernel: Kernel,
     as_json: bool,  # --json
 ) -> None:
     "One cycle by the system's clock, as an audited run; raises `RefusedError` before and `RunFailed` when it failed."
@@ -254,7 +261,7 @@ def trade_now(
     place, calendar = recording
     require_current(config, calendar, SystemClock().now_ms())
     try:
-        run = execute_run("live_cycle", place, config, progress=not as_json)
+        run = execute_run("live_cycle", place, config, progress=not as_json, kernel=kernel)
     except RunFailed as failed:
         if as_json:
             print_json(run_as_json(failed.run))
@@ -282,6 +289,16 @@ def check_options(
         raise RefusedError(f"live.mode is {mode}: orders would go to an exchange; add --confirm if that is meant")
 
 # %% ../nbs/95b_cli_live.ipynb #331dd334
+def _kernel_of_cycle() -> AbstractContextManager[Kernel]:
+    "A kernel that makes the imports of the notebook `live_cycle`."
+    from xsmom_nb.runs.execute import find_project
+    from xsmom_nb.runs.kernel import started_kernel
+    from xsmom_nb.runs.parameters import find_notebook
+
+    project = find_project()
+    return started_kernel(find_notebook("live_cycle", project / "scheduled"), project)
+
+
 CyclesOption = Annotated[
     int | None, typer.Option("--cycles", metavar="N", min=1, help="So many, one a bar, on a simulated clock over the data.")
 ]
@@ -312,8 +329,10 @@ def live(
     effective = with_values(effective, {"exchange.timeframe": timeframe}) if timeframe else effective
     given = {"--start": start is not None, "--account": account is not None, "--fresh": fresh, "--direct": direct}
     check_options(effective, cycles, given, confirm)
-    recording = recording_of(effective, data, dataset)
-    if cycles is None:
-        trade_now(effective, recording, as_json)
-    else:
-        simulate(effective, account or "simulated", recording, cycles, start, fresh, direct, as_json)
+    with ExitStack() as stack:
+        kernel = None if direct else stack.enter_context(_kernel_of_cycle())
+        recording = recording_of(effective, data, dataset)
+        if cycles is not None:
+            simulate(effective, account or "simulated", recording, cycles, start, fresh, kernel, as_json)
+        elif kernel is not None:  # which is always so: --direct is for the simulated clock
+            trade_now(effective, recording, kernel, as_json)

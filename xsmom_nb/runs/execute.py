@@ -5,11 +5,9 @@
 # %% ../../nbs/runs/01_execute.ipynb #2fb624f8
 from __future__ import annotations
 
-import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +23,7 @@ from ..credentials import Secrets, load_secrets
 from ..errors import RunError, XsmomError
 from ..files import write_atomically
 from .chain import load_sign_key, seal, settle
+from .kernel import Kernel, started_kernel
 from .page import notebook_library, warm_up, write_page
 from .parameters import check_parameters, find_notebook, parameter_model
 from .provenance import collect_provenance
@@ -77,40 +76,6 @@ class RunFailed(RunError):
         self.run = run
         self.exit_status = exit_status
 
-# %% ../../nbs/runs/01_execute.ipynb #c851a2b3
-def _kernel_manager(
-    workshop: Path,  # a temporary folder
-) -> Any:  # a jupyter_client kernel manager that is not started yet
-    "A manager of a kernel that is the running interpreter."
-    from ipykernel.kernelspec import make_ipkernel_cmd
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-    from jupyter_client.manager import AsyncKernelManager
-
-    class RunningInterpreter(KernelSpecManager):
-        "Knows one kernel: this interpreter."
-
-        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-            return KernelSpec(argv=make_ipkernel_cmd(executable=sys.executable), display_name="Python 3", language="python")
-
-    return AsyncKernelManager(
-        kernel_name="python3", kernel_spec_manager=RunningInterpreter(), connection_file=str(workshop / "connection.json")
-    )
-
-# %% ../../nbs/runs/01_execute.ipynb #1957056d
-def _kernel_environment(
-    workshop: Path,  # a temporary folder
-) -> dict[str, str]:
-    "The environment of the kernel: ours, with the package's place made certain."
-    package = Path(xsmom_nb.errors.__file__).parents[1]
-    paths = [*([] if package.name == "site-packages" else [str(package)]), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "IPYTHONDIR": str(workshop / "ipython"),
-        "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # a server's `Agg` would leave the plots out
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    }
-
 # %% ../../nbs/runs/01_execute.ipynb #1fc5734a
 @dataclass(frozen=True)
 class Ending:
@@ -154,7 +119,7 @@ class _Job:
     notebook: Path  # the scheduled notebook
     output: Path  # where the executed one is kept
     parameters: dict[str, Any]
-    project: Path  # working folder of the kernel
+    kernel: Kernel  # that executes it
     deadline: float  # by `time.monotonic`
     on_cell: Callable[[int, int, str], None]  # told the cells done, their total, and the heading above the next one
     last_words: str = ""  # what the kernel's process wrote by itself before it died
@@ -178,7 +143,6 @@ def _position(
 # %% ../../nbs/runs/01_execute.ipynb #3fead442
 def _papermill_engine(
     job: _Job,
-    workshop: Path,  # a temporary folder
 ) -> Any:  # a papermill engine class
     "The engine that executes one job."
     nbformat = notebook_library()
@@ -218,12 +182,11 @@ def _papermill_engine(
                 manager, kernel_name=kernel_name, timeout_func=job.seconds_left, startup_timeout=min(60, job.seconds_left()),
                 iopub_timeout=60, shutdown_kernel="immediate",
             )
-            client.km = _kernel_manager(workshop)
+            client.km = job.kernel.manager
             try:
-                with open(workshop / "kernel.log", "wb") as log:
-                    client.execute(cwd=str(job.project), env=_kernel_environment(workshop), stdout=log, stderr=log)
+                client.execute()
             except BaseException as error:
-                job.last_words = (workshop / "kernel.log").read_text(errors="replace")[-500:].strip()
+                job.last_words = job.kernel.last_words()
                 _mark_stopped(manager.nb, error)
                 manager.save()
                 raise
@@ -258,27 +221,7 @@ def _reason(error: BaseException) -> tuple[str, str]:
         return "Interrupted", f"the run was interrupted by {error}"
     return type(error).__name__, str(error)
 
-# %% ../../nbs/runs/01_execute.ipynb #d3992611
-@contextmanager
-def _closed_loop() -> Iterator[None]:
-    "Close the event loop that Jupyter made for us, silently, unless we are inside somebody else's."
-    import asyncio
-
-    from jupyter_core.utils import ensure_event_loop
-
-    try:
-        yield
-    finally:
-        if asyncio._get_running_loop() is None:
-            loop = ensure_event_loop()
-            loop.set_exception_handler(lambda loop, context: None)
-            for task in asyncio.all_tasks(loop):
-                task.cancel()
-            loop.run_until_complete(asyncio.sleep(0))
-            loop.close()
-            asyncio.set_event_loop(None)
-
-# %% ../../nbs/runs/01_execute.ipynb #576ea7a8
+# %% ../../nbs/runs/01_execute.ipynb #eb1045fa
 def _run_papermill(
     job: _Job,
 ) -> None:
@@ -291,12 +234,11 @@ def _run_papermill(
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns about parameters that we have checked ourselves
     threading.Thread(target=warm_up, daemon=True).start()  # in the time in which we would only wait for the kernel
-    with tempfile.TemporaryDirectory(prefix="xsmom-kernel-", ignore_cleanup_errors=True) as folder, _closed_loop():
-        papermill_engines.register("xsmom", _papermill_engine(job, Path(folder)))
-        source = str(job.notebook).replace("{", "{{").replace("}", "}}")  # papermill formats the path
-        papermill.execute_notebook(
-            source, None, job.parameters, engine_name="xsmom", kernel_name="python3", language="python", progress_bar=False
-        )
+    papermill_engines.register("xsmom", _papermill_engine(job))
+    source = str(job.notebook).replace("{", "{{").replace("}", "}}")  # papermill formats the path
+    papermill.execute_notebook(
+        source, None, job.parameters, engine_name="xsmom", kernel_name="python3", language="python", progress_bar=False
+    )
 
 # %% ../../nbs/runs/01_execute.ipynb #47f0af28
 def execute_notebook(
@@ -439,18 +381,21 @@ def execute_run(
     secrets: Mapping[str, str] | None = None,  # value of each secret by its name; None: from the environment and `.env`
     clock: Clock | None = None,  # None: the system's
     progress: bool = True,  # show on the error stream how far it is
+    kernel: Kernel | None = None,  # that was started for this run already; None: start one
 ) -> Run:
     "Execute a scheduled notebook as an audited run; raises `UsageError` before it starts and `RunFailed` when it fails."
     tree = (project or find_project()).resolve()
     notebook = find_notebook(name, scheduled_dir or tree / "scheduled")
     model, reserved = parameter_model(notebook)
     checked = check_parameters(name, model, parameters)
-    with _progress(name, progress) as on_cell:
+    with ExitStack() as stack:
+        process = kernel or stack.enter_context(started_kernel(notebook, tree))
+        on_cell = stack.enter_context(_progress(name, progress))
 
         def work(folder: RunFolder) -> Ending:
             injected = {**checked, **({"run_dir": str(folder.path)} if "run_dir" in reserved else {})}
             deadline = time.monotonic() + config.runs.time_limit_seconds
-            return execute_notebook(_Job(notebook, folder.path / "notebook.ipynb", injected, tree, deadline, on_cell))
+            return execute_notebook(_Job(notebook, folder.path / "notebook.ipynb", injected, process, deadline, on_cell))
 
         return keep_run(name, checked, config, work, project=tree, notebook=notebook, root=root, state=state, secrets=secrets,
                         clock=clock)
