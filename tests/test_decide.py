@@ -242,12 +242,12 @@ def test_a_decision_with_reasons_takes_milliseconds(real_panel):
     asked = snapshot_at(real_panel, real_panel.shape[0] - 1, history_bars(config))
     decide(asked, Memory(), config)
     spent = []
-    for _ in range(20):
-        begin = time.perf_counter()
+    for _ in range(50):
+        begin = time.thread_time()  # of this thread, and the best of many, since other tests run beside this one
         decision = decide(asked, Memory(), config)
-        spent.append(time.perf_counter() - begin)
+        spent.append(time.thread_time() - begin)
     assert len(decision.cards) == len(real_panel.symbols) >= 30
-    assert min(spent) < 0.005, f"{1000 * min(spent):.1f} ms"  # the best of twenty, since other tests run beside this one
+    assert min(spent) < 0.005, f"{1000 * min(spent):.1f} ms"
 
 
 def test_a_snapshot_is_the_same_after_a_round_trip(real_panel):

@@ -76,22 +76,24 @@ def _environment(
 # %% ../../nbs/runs/00f_kernel.ipynb #90075381
 @contextmanager
 def _closed_loop() -> Iterator[None]:
-    "Close the event loop that Jupyter made for us, silently, unless we are inside somebody else's."
+    "An event loop for Jupyter that is silent, and closed at the end; nothing where we are inside somebody else's."
     import asyncio
 
     from jupyter_core.utils import ensure_event_loop
 
+    if asyncio._get_running_loop() is not None:
+        yield
+        return
+    loop = ensure_event_loop()
+    loop.set_exception_handler(lambda loop, context: None)
     try:
         yield
     finally:
-        if asyncio._get_running_loop() is None:
-            loop = ensure_event_loop()
-            loop.set_exception_handler(lambda loop, context: None)
-            for task in asyncio.all_tasks(loop):
-                task.cancel()
-            loop.run_until_complete(asyncio.sleep(0))
-            loop.close()
-            asyncio.set_event_loop(None)
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        asyncio.set_event_loop(None)
 
 # %% ../../nbs/runs/00f_kernel.ipynb #29a954f7
 @dataclass(frozen=True)
