@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ['Status', 'Written', 'RECONCILED', 'Entry', 'drop_intent', 'write_intent', 'set_status', 'note_outcome',
            'unfinished_intents', 'is_ours', 'upsert_orders', 'knows_order', 'Held', 'parts_of', 'after_part', 'held_of',
            'held_quantities', 'set_held', 'Trade', 'Booked', 'book_fills', 'book_ledger', 'last_fill_ms',
-           'last_ledger_ms']
+           'last_ledger_ms', 'known_fills', 'known_entries']
 
 # %% ../../nbs/execution/02_journal.ipynb #fd1e6507
 Status = Literal["written", "unknown", "accepted", "closed", "rejected", "dropped", "lost"]
@@ -426,3 +426,21 @@ def last_ledger_ms(
     "The time of the newest movement of the wallet."
     newest = connection.execute(sql("SELECT MAX(time_ms) FROM ledger")).scalar()
     return None if newest is None else int(newest)
+
+# %% ../../nbs/execution/02_journal.ipynb #5762358a
+def known_fills(
+    connection: Connection,
+    start_ms: int,  # first time wanted, UTC ms
+) -> frozenset[str]:
+    "Ids of the fills that were booked since a time."
+    query = sql("SELECT fill_id FROM fills WHERE time_ms >= :start")
+    return frozenset(connection.execute(query, {"start": start_ms}).scalars())
+
+
+def known_entries(
+    connection: Connection,
+    start_ms: int,  # first time wanted, UTC ms
+) -> frozenset[str]:
+    "Ids of the movements of the wallet that were booked since a time."
+    query = sql("SELECT entry_id FROM ledger WHERE time_ms >= :start")
+    return frozenset(connection.execute(query, {"start": start_ms}).scalars())

@@ -21,6 +21,8 @@ from .journal import book_ledger
 from .journal import held_of
 from .journal import held_quantities
 from .journal import is_ours
+from .journal import known_entries
+from .journal import known_fills
 from .journal import knows_order
 from .journal import last_fill_ms
 from .journal import last_ledger_ms
@@ -191,8 +193,11 @@ def cancel_stale(
 ) -> Cancelled:
     "Cancel our open orders of earlier rows and read back what they had become; note those that ended by themselves."
     open_orders = ask(port.fetch_open_orders)
-    with state.write() as connection:
-        foreign = note_open_orders(connection, open_orders, now_ms)
+    foreign: tuple[Order, ...] = ()
+    if open_orders:
+        with state.write() as connection:
+            foreign = note_open_orders(connection, open_orders, now_ms)
+    with state.read() as connection:
         entries = [entry for entry in unfinished_intents(connection) if entry.status == "accepted"]
     by_name = {order.link_id: order for order in open_orders}
     forgotten = [order for order in foreign if has_our_name(order.link_id)]
@@ -237,9 +242,13 @@ def book_news(
     "Book the fills and the movements of the wallet that we have not heard of yet."
     opened_ms = _opened_ms(port, state, now_ms)
     with state.read() as connection:
-        newest_ms = last_fill_ms(connection) or 0, last_ledger_ms(connection) or 0
-    fills = ask(lambda: port.fetch_fills(max(opened_ms, newest_ms[0] - OVERLAP_MS)))
-    entries = ask(lambda: port.fetch_ledger(max(opened_ms, newest_ms[1] - OVERLAP_MS)))
+        fills_ms = max(opened_ms, (last_fill_ms(connection) or 0) - OVERLAP_MS)
+        entries_ms = max(opened_ms, (last_ledger_ms(connection) or 0) - OVERLAP_MS)
+        known = known_fills(connection, fills_ms) | known_entries(connection, entries_ms)
+    fills = [fill for fill in ask(lambda: port.fetch_fills(fills_ms)) if fill.fill_id not in known]
+    entries = [entry for entry in ask(lambda: port.fetch_ledger(entries_ms)) if entry.entry_id not in known]
+    if not fills and not entries:
+        return Booked()
     with state.read() as connection:
         strange = {fill.link_id: fill for fill in fills if fill.link_id and not knows_order(connection, fill.order_id)}
     orders = [_found(port, fill.symbol, name) for name, fill in strange.items()]
@@ -314,9 +323,10 @@ def reconcile_positions(
     is_gone = bool(set(ours) - {position.symbol for position in after})
     marks = {ticker.symbol: ticker.mark for ticker in ask(port.fetch_tickers)} if is_gone else {}
     found = differences(ours, before, after, marks)
-    with state.write() as connection:
-        for difference in found:
-            _adopt(connection, difference, now_ms)
+    if found:
+        with state.write() as connection:
+            for difference in found:
+                _adopt(connection, difference, now_ms)
     return news, found
 
 # %% ../../nbs/execution/03_reconcile.ipynb #18f53d0a

@@ -72,6 +72,10 @@ def _moved(
     "A window further on, perhaps of other symbols, with what was known."
     moved = _Window(symbols, window.rows, last_ms, window.step_ms)
     kept = window.rows - (last_ms - window.last_ms) // window.step_ms
+    if kept > 0 and symbols == window.symbols:  # nearly always, and ten times as fast
+        moved.values[:, :kept], moved.funding[:kept] = window.values[:, -kept:], window.funding[-kept:]
+        moved.settled_ms[:] = window.settled_ms
+        return moved
     old = [i for i, symbol in enumerate(window.symbols) if symbol in symbols]
     new = [symbols.index(window.symbols[i]) for i in old]
     if kept > 0:
@@ -86,15 +90,14 @@ def _first_missing_ms(
     i: int,  # column
 ) -> int | None:  # open time, UTC ms; None when nothing is missing
     "From when on the bars of a symbol have to be asked for."
-    known = np.isfinite(window.values[3, :, i])
-    if not known.any():
-        return window.first_ms
     begin = max(0, window.rows - RECHECKED_BARS)
-    newest = int(np.flatnonzero(known)[-1])
-    missing = np.flatnonzero(~known[begin:])
-    if newest < begin:
-        return window.first_ms + (newest + 1) * window.step_ms
-    return window.first_ms + (begin + int(missing[0])) * window.step_ms if missing.size else None
+    known = np.isfinite(window.values[3, begin:, i])
+    if known.all():
+        return None
+    if known.any():
+        return window.first_ms + (begin + int(known.argmin())) * window.step_ms
+    earlier = np.flatnonzero(np.isfinite(window.values[3, :begin, i]))
+    return window.first_ms + (int(earlier[-1]) + 1 if earlier.size else 0) * window.step_ms
 
 # %% ../../nbs/live/00_history.ipynb #a3b5df24
 class History:

@@ -272,7 +272,17 @@ def patiently(
     sleep: Callable[[float], None] = time.sleep,  # takes seconds
 ) -> Answer:  # what the first call that did not fail gave
     "Call, and call again after a `TransientError`, more and more slowly; the last one is raised."
-    answer: Answer = _retrying(attempts, first_pause_seconds, sleep)(call)
+    try:
+        return call()  # nearly always; what repeats it costs more than this call where the exchange is a paper one
+    except TransientError as error:
+        first: list[TransientError] = [error]
+
+    def again() -> Answer:
+        if first:
+            raise first.pop()  # counts as the first of the attempts
+        return call()
+
+    answer: Answer = _retrying(attempts, first_pause_seconds, sleep)(again)
     return answer
 
 # %% ../../nbs/market/02_sync.ipynb #3c12b73f

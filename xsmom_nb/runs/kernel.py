@@ -89,11 +89,12 @@ def _closed_loop() -> Iterator[None]:
     try:
         yield
     finally:
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()
-        asyncio.set_event_loop(None)
+        if not loop.is_closed():  # by a later kernel, which was given the same one
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+            loop.run_until_complete(asyncio.sleep(0))
+            loop.close()
+            asyncio.set_event_loop(None)
 
 # %% ../../nbs/runs/00f_kernel.ipynb #29a954f7
 @dataclass(frozen=True)
