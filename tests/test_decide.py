@@ -247,7 +247,8 @@ def test_a_decision_with_reasons_takes_milliseconds(real_panel):
         decision = decide(asked, Memory(), config)
         spent.append(time.thread_time() - begin)
     assert len(decision.cards) == len(real_panel.symbols) >= 30
-    assert min(spent) < 0.005, f"{1000 * min(spent):.1f} ms"
+    beside_others = "PYTEST_XDIST_WORKER" in os.environ  # they share caches and cores
+    assert min(spent) < (0.012 if beside_others else 0.005), f"{1000 * min(spent):.1f} ms"
 
 
 def test_a_snapshot_is_the_same_after_a_round_trip(real_panel):

@@ -1,6 +1,7 @@
 """The cycle, hour by hour over real data: the books balance, every decision can be made again, nothing is sent twice."""
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from decimal import Decimal
@@ -129,8 +130,8 @@ def test_the_book_follows_its_targets(month):
 
 
 def test_a_cycle_is_quick(month):
-    "The best tenth, since other tests run beside this one."
-    assert sorted(month.seconds)[len(month.seconds) // 10] < 0.15
+    limit = 0.3 if "PYTEST_XDIST_WORKER" in os.environ else 0.1  # seconds; other tests share caches and cores
+    assert sorted(month.seconds)[len(month.seconds) // 10] < limit
 
 
 def test_the_same_hours_give_the_same_decisions(month, real_store, root, tmp_path):

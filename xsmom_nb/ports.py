@@ -259,6 +259,7 @@ class Position:
     quantity: Decimal  # base units, short below 0, never 0
     average_price: Decimal  # of the entries
     mark_price: Decimal  # at which the exchange values it
+    stop_price: Decimal | None = None  # of the stop that rests at the exchange and closes all of it; None: there is none
 
     def __post_init__(self) -> None:
         _require_decimals(self, f"position in {self.symbol}", signed=("quantity",))
@@ -341,19 +342,15 @@ class ExchangePort(QuotePort, Protocol):
 
     def fetch_time_ms(self) -> int:
         "The exchange's clock, UTC ms."
-        ...
 
     def fetch_account(self) -> Account:
         "Equity, wallet and free margin."
-        ...
 
     def fetch_positions(self) -> Sequence[Position]:
         "All positions that are not flat, ascending by symbol."
-        ...
 
     def fetch_open_orders(self) -> Sequence[Order]:
         "All orders that may still fill, ours and others', ascending by creation."
-        ...
 
     def find_order(
         self,
@@ -361,28 +358,24 @@ class ExchangePort(QuotePort, Protocol):
         link_id: str,  # our name for it
     ) -> Order | None:  # None only when the exchange has no such order, open or ended
         "Look an order up by our own name."
-        ...
 
     def fetch_fills(
         self,
         start_ms: int,  # first time wanted, UTC ms
     ) -> Sequence[Fill]:
         "Executions of all symbols, ascending by time."
-        ...
 
     def fetch_ledger(
         self,
         start_ms: int,  # first time wanted, UTC ms
     ) -> Sequence[LedgerEntry]:
         "Movements of the wallet, ascending by time."
-        ...
 
     def submit_order(
         self,
         request: OrderRequest,
     ) -> Submission:
         "Send an order, once."
-        ...
 
     def cancel_order(
         self,
@@ -390,7 +383,13 @@ class ExchangePort(QuotePort, Protocol):
         link_id: str,  # our name for it
     ) -> Submission:  # rejected: it had ended already, or is not known
         "Ask for an order to be cancelled, once; what it had filled by then, says `find_order`."
-        ...
+
+    def set_position_stop(
+        self,
+        symbol: str,
+        stop_price: Decimal | None,  # None: take it away
+    ) -> Submission:  # accepted also where it stood there already; rejected: no position, or a price on the wrong side
+        "Ask for a stop that closes the whole position at market, whatever its size then; whether it stands, says the position."
 
 # %% ../nbs/04_ports.ipynb #d85ff688
 Decided_contra = TypeVar("Decided_contra", contravariant=True)

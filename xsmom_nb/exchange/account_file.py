@@ -57,7 +57,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
     "CREATE INDEX orders_by_status ON orders (status)",
     "CREATE INDEX fills_by_time ON fills (time_ms, number)",
     "CREATE INDEX ledger_by_time ON ledger (time_ms, number)",
-),)
+), (
+    "ALTER TABLE holdings ADD COLUMN stop TEXT",
+    "ALTER TABLE holdings ADD COLUMN stop_ms BIGINT NOT NULL DEFAULT 0",
+))
 
 
 @dataclass(frozen=True)

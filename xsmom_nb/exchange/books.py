@@ -40,10 +40,14 @@ class Holding:
     mark: Decimal  # last known price
     next_open_ms: int  # open of the first bar that has not been looked at, UTC ms
     next_settlement_ms: int  # first time from which settlements have not been looked at, UTC ms
+    stop: Decimal | None = None  # price of the stop that closes all of it; gone when the position is closed or turned
+    stop_ms: int = 0  # when it was set, UTC ms
 
     def at(self, mark: Decimal) -> Holding:
         "The same holding at another price."
-        return self if mark is self.mark else Holding(self.quantity, self.cost, mark, self.next_open_ms, self.next_settlement_ms)
+        if mark is self.mark:
+            return self
+        return Holding(self.quantity, self.cost, mark, self.next_open_ms, self.next_settlement_ms, self.stop, self.stop_ms)
 
     @property
     def average_price(self) -> Decimal:
@@ -71,7 +75,9 @@ def traded(
     closes_all = closed == -holding.quantity
     taken = holding.cost if closes_all else (holding.cost * -closed / holding.quantity).quantize(_FINEST)
     cost = holding.cost - taken + (quantity - closed) * price
-    return replace(holding, quantity=holding.quantity + quantity, cost=cost), -closed * price - taken
+    after = holding.quantity + quantity
+    stop = holding.stop if after * holding.quantity > 0 else None
+    return replace(holding, quantity=after, cost=cost, stop=stop), -closed * price - taken
 
 # %% ../../nbs/exchange/00b_books.ipynb #0c3daf52
 @dataclass(frozen=True)
@@ -228,4 +234,5 @@ def positions_of(
     books: Books,
 ) -> list[Position]:  # ascending by symbol
     "What is held."
-    return [Position(symbol, h.quantity, h.average_price, h.mark) for symbol, h in sorted(books.holdings.items()) if h.quantity]
+    held = [(symbol, holding) for symbol, holding in sorted(books.holdings.items()) if holding.quantity]
+    return [Position(symbol, holding.quantity, holding.average_price, holding.mark, holding.stop) for symbol, holding in held]

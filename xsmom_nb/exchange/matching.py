@@ -32,6 +32,7 @@ from .books import with_holding
 from .books import with_order
 from .fills import resting_fill
 from .fills import slippage_bps
+from .fills import stop_fill
 from .fills import taker_price
 from ..ports import Bar
 from ..ports import Fill
@@ -246,14 +247,45 @@ def matched(
     step, close_ms = Step(books), bar.open_time_ms + venue.step_ms
     latest_ms = bar.open_time_ms + int(LATEST_SHARE * venue.step_ms)
     waiting = [order for order in books.orders.values() if order.symbol == symbol and order.created_ms <= latest_ms]
+    if instrument and symbol in books.holdings and books.holdings[symbol].stop_ms <= latest_ms:
+        step = _stop(books, symbol, bar, venue, max(close_ms, reached_ms))
     for order in waiting:
         if instrument and order.link_id in step.books.orders:  # a fill may have ended others
             step = step.then(_rest(step.books, order, bar, instrument, venue, max(close_ms, reached_ms)))
     if symbol not in step.books.holdings:
         return step
     held = step.books.holdings[symbol]
-    seen = Holding(held.quantity, held.cost, Decimal(repr(float(bar.close))), close_ms, held.next_settlement_ms)
+    mark = Decimal(repr(float(bar.close)))
+    seen = Holding(held.quantity, held.cost, mark, close_ms, held.next_settlement_ms, held.stop, held.stop_ms)
     return Step(with_holding(step.books, symbol, seen), step.events)
+
+# %% ../../nbs/exchange/01_matching.ipynb #32e96ea7
+def _stop(
+    books: Books,
+    symbol: str,  # with a holding
+    bar: Bar,
+    venue: Venue,
+    time_ms: int,  # of the fill
+) -> Step:
+    "Books after a position's stop saw a bar."
+    holding = books.holdings[symbol]
+    if holding.stop is None or not holding.quantity:
+        return Step(books)
+    is_long = holding.quantity > 0
+    touched = stop_fill(is_long, float(holding.stop), bar.open, bar.high, bar.low)
+    if math.isnan(touched):
+        return Step(books)
+    name = f"stop-{symbol}-{bar.open_time_ms // 60_000:x}"
+    step = filled(books, _closing_fill(holding, symbol, touched, name, "stop", venue, time_ms))
+    return step.then(_end_idle(step.books, symbol, time_ms))
+
+
+def _closing_fill(holding: Holding, symbol: str, price: float, name: str, order_id: str, venue: Venue, time_ms: int) -> Fill:
+    "A fill that closes a holding as a taker at a price, with the base slippage."
+    paid = Decimal(f"{taker_price(holding.quantity < 0, price, venue.slippage_bps):.12g}")
+    quantity = abs(holding.quantity)
+    fee = fee_of(quantity, paid, venue.taker_bps)
+    return Fill(name, order_id, "", symbol, "Sell" if holding.quantity > 0 else "Buy", quantity, paid, fee, False, time_ms)
 
 # %% ../../nbs/exchange/01_matching.ipynb #8035b46f
 def _rest(
@@ -293,10 +325,8 @@ def delisted(
     holding = step.books.holdings.get(symbol)
     if holding is None:
         return step
-    price = Decimal(f"{taker_price(holding.quantity < 0, float(holding.mark), venue.slippage_bps):.12g}")
-    quantity, fee = abs(holding.quantity), fee_of(abs(holding.quantity), price, venue.taker_bps)
-    side, name = "Sell" if holding.quantity > 0 else "Buy", f"settlement-{symbol}-{time_ms}"
-    return step.then(filled(step.books, Fill(name, "settlement", "", symbol, side, quantity, price, fee, False, time_ms)))  # type: ignore[arg-type]
+    name = f"settlement-{symbol}-{time_ms}"
+    return step.then(filled(step.books, _closing_fill(holding, symbol, float(holding.mark), name, "settlement", venue, time_ms)))
 
 # %% ../../nbs/exchange/01_matching.ipynb #a97d9aeb
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,20 +37,8 @@ from .account_file import readable
 from .account_file import save_step
 from .account_file import version_of
 from .admission import refusal
-from .books import Books
-from .books import Step
-from .books import account_of
-from .books import deposited
-from .books import marked
-from .books import positions_of
-from .matching import Depth
-from .matching import Happening
-from .matching import Venue
-from .matching import accepted
-from .matching import advanced
-from .matching import depth_of
-from .matching import ended
-from .matching import venue_of
+from .books import Books, Step, account_of, deposited, marked, positions_of, with_holding
+from .matching import Depth, Happening, Venue, accepted, advanced, depth_of, ended, venue_of
 from ..ports import Account
 from ..ports import Bar
 from ..ports import Fill
@@ -69,7 +58,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Answer', 'Action', 'is_whole', 'closed_bars', 'past_settlements', 'happenings', 'require_forward', 'PaperAccount',
-           'met', 'placing', 'cancelling', 'answered', 'PassedThrough', 'PaperExchange', 'totals', 'price_result']
+           'met', 'placing', 'cancelling', 'stopping', 'answered', 'PassedThrough', 'PaperExchange', 'totals',
+           'price_result']
 
 # %% ../../nbs/exchange/03_paper.ipynb #18adea68
 _PAGE = 1000  # bars or settlements asked for at a time
@@ -287,6 +277,30 @@ def cancelling(
 
     return cancel
 
+# %% ../../nbs/exchange/03_paper.ipynb #3bee2eda
+def stopping(
+    symbol: str,
+    stop: Decimal | None,  # None: take it away
+    market: QuotePort,
+) -> Action:
+    "Set the stop of a position."
+    mark = {ticker.symbol: ticker.mark for ticker in market.fetch_tickers()}.get(symbol)
+
+    def set_stop(connection: Connection, books: Books, now_ms: int) -> tuple[Step, Submission]:
+        holding = books.holdings.get(symbol)
+        if holding is None or not holding.quantity:
+            return Step(books), Submission("rejected", reason=f"10001 can not set tp/sl/ts for zero position: {symbol}")
+        if stop == holding.stop:
+            return Step(books), Submission("accepted")
+        if stop is not None and (mark is None or (mark - stop) * holding.quantity <= 0):
+            side, where = ("long", "below") if holding.quantity > 0 else ("short", "above")
+            reason = f"10001 stop {stop} of a {side} position in {symbol}, price {mark}; expected {where} the price"
+            return Step(books), Submission("rejected", reason=reason)
+        changed = replace(holding, stop=stop, stop_ms=now_ms)
+        return Step(with_holding(books, symbol, changed)), Submission("accepted")
+
+    return set_stop
+
 # %% ../../nbs/exchange/03_paper.ipynb #02155ff2
 def answered(
     write: Callable[[], Submission],
@@ -384,6 +398,10 @@ class PaperExchange(PassedThrough):
     def cancel_order(self, symbol: str, link_id: str) -> Submission:
         "Ask for an order to be cancelled, once."
         return answered(lambda: self._account.change(lambda _: cancelling(symbol, link_id)))
+
+    def set_position_stop(self, symbol: str, stop_price: Decimal | None) -> Submission:
+        "Ask for a stop that closes the whole position."
+        return answered(lambda: self._account.change(lambda _: stopping(symbol, stop_price, self._market)))
 
     def _marked(self) -> Books:
         books = self._account.ask(lambda _, books: books)

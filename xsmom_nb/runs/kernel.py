@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ def _closed_loop() -> Iterator[None]:
         if not loop.is_closed():  # by a later kernel, which was given the same one
             for task in asyncio.all_tasks(loop):
                 task.cancel()
-            loop.run_until_complete(asyncio.sleep(0))
+            with suppress(KeyboardInterrupt):  # of a task that was torn apart
+                loop.run_until_complete(asyncio.sleep(0))
             loop.close()
             asyncio.set_event_loop(None)
 
@@ -128,4 +129,7 @@ def started_kernel(
                 yield kernel
             finally:
                 if kernel.manager.has_kernel:
-                    run_sync(kernel.manager.shutdown_kernel)(now=True)
+                    with suppress(KeyboardInterrupt):
+                        run_sync(kernel.manager.shutdown_kernel)(now=True)
+                if (process := getattr(kernel.manager.provisioner, "process", None)) is not None:
+                    process.kill()
