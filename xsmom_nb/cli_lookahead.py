@@ -101,7 +101,7 @@ CutsOption = Annotated[int, typer.Option("--cuts", min=1, help="Bars after which
 @app.command(
     "lookahead",
     epilog=examples(
-        "xsmom lookahead                                  # everything of ours, about a minute",
+        "xsmom lookahead                                  # everything of ours, some minutes",
         "xsmom lookahead core.weights filter              # a stage of the core, all filters",
         "xsmom lookahead my_signals:breakout              # a function (panel, config) of your own",
         "xsmom lookahead core --set live.history_bars=800 # would so short a history do?",

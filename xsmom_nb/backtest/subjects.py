@@ -174,8 +174,9 @@ def _named(name: str, known: dict[str, Subject]) -> list[Subject]:
     if members := [subject for each, subject in known.items() if each.startswith(f"{name}.")]:
         return members
     hint = nearest_name(name, [*known, *(f"core.{each}" for each in CORE_STAGES), "filter", "indicator", "universe"])
-    raise UsageError(f"{name!r} is nothing that can be examined{hint}; expected {', '.join(known)}, a stage of the core "
-                     "such as core.z, a group such as filter, or a function of yours as module:function")
+    names = hint or f"; known are {', '.join(known)}"
+    raise UsageError(f"{name!r} is nothing that can be examined{names}; a stage of the core such as core.z, a group such as "
+                     "filter, and a function of yours as module:function can be named too")
 
 # %% ../../nbs/backtest/08b_subjects.ipynb #0d574e49
 def find_subjects(
