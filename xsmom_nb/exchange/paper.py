@@ -391,9 +391,8 @@ class PaperExchange(PassedThrough):
 
     def submit_order(self, request: OrderRequest) -> Submission:
         "Send an order, once."
-        account = self._account
-        return answered(
-            lambda: account.change(lambda now_ms: placing(request, self._market, self._config, account.venue, now_ms)))
+        account, market, config = self._account, self._market, self._config
+        return answered(lambda: account.change(lambda now_ms: placing(request, market, config, account.venue, now_ms)))
 
     def cancel_order(self, symbol: str, link_id: str) -> Submission:
         "Ask for an order to be cancelled, once."
