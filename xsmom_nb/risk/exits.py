@@ -8,8 +8,8 @@ __all__ = ['EXTREME', 'MA_ATR', 'TRAIL_MODES', 'MINUTE_MS', 'HOUR_MS', 'DIRECTIO
            'OPENED_MS', 'POSITION_FIELDS', 'REASONS', 'BY_INITIAL', 'BY_CATASTROPHIC', 'BY_BREAKEVEN', 'BY_TRAILING',
            'BY_PROFIT', 'BY_FLIP', 'BY_NO_PROGRESS', 'BY_MAX_HOLD', 'EXIT_PRICE', 'EXIT_FRACTION', 'EXIT_REASON',
            'EXIT_FIELDS', 'ExitRules', 'exit_rules', 'is_stop_out', 'open_position', 'follow_fill', 'empty_exits',
-           'step', 'remaining_row', 'resting_stop', 'TrackedPosition', 'as_row', 'as_record', 'Tick', 'Exit',
-           'step_position', 'fill_position']
+           'step', 'calm_range', 'remaining_row', 'resting_stop', 'TrackedPosition', 'as_row', 'as_record', 'Tick',
+           'Exit', 'step_position', 'fill_position']
 
 # %% ../../nbs/risk/01_exits.ipynb #7e87a0b0
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..compiled import njit
+from ..compiled import stage
 from ..config import Config
 from ..exchange.fills import stop_fill
 
@@ -73,7 +73,7 @@ REASONS = (
 BY_INITIAL, BY_CATASTROPHIC, BY_BREAKEVEN, BY_TRAILING, BY_PROFIT, BY_FLIP, BY_NO_PROGRESS, BY_MAX_HOLD = range(8)
 
 # %% ../../nbs/risk/01_exits.ipynb #8f89d722
-@njit
+@stage
 def is_stop_out(
     reason: int,  # of an exit, a place in `REASONS`
 ) -> bool:
@@ -81,7 +81,7 @@ def is_stop_out(
     return reason <= BY_TRAILING
 
 # %% ../../nbs/risk/01_exits.ipynb #c55574cb
-@njit
+@stage
 def open_position(
     position: np.ndarray,  # shape (POSITION_FIELDS,); written
     direction: float,  # 1 long, −1 short
@@ -105,7 +105,7 @@ def open_position(
     position[AGAINST] = 0.0 if slope * direction > 0.0 else -1.0
 
 # %% ../../nbs/risk/01_exits.ipynb #5e1660c6
-@njit
+@stage
 def follow_fill(
     position: np.ndarray,  # shape (POSITION_FIELDS,); changed in place
     before: float,  # signed size before the fill, in any unit
@@ -134,7 +134,7 @@ def empty_exits(rules: ExitRules) -> np.ndarray:  # shape (L + 1, EXIT_FIELDS)
     return np.zeros((rules.ladder_r.size + 1, EXIT_FIELDS))
 
 # %% ../../nbs/risk/01_exits.ipynb #a103ca56
-@njit
+@stage
 def _leave(
     exits: np.ndarray,  # shape (L + 1, EXIT_FIELDS); row `count` is written
     count: int,  # exits so far
@@ -146,21 +146,21 @@ def _leave(
     return count + 1
 
 # %% ../../nbs/risk/01_exits.ipynb #c95bc839
-@njit
+@stage
 def _see(position: np.ndarray, one: float, other: float) -> None:
     "Widen the range of prices since the entry."
     position[HIGHEST] = max(position[HIGHEST], one, other)
     position[LOWEST] = min(position[LOWEST], one, other)
 
 # %% ../../nbs/risk/01_exits.ipynb #9d7fa24c
-@njit
+@stage
 def _next_target(position: np.ndarray, ladder_r: np.ndarray) -> float:
     "Price of the next rung, in the mirror; infinity above the last, NaN where R is unknown."
     rung = int(position[RUNGS])
     return position[DIRECTION] * position[ENTRY] + ladder_r[rung] * position[RISK] if rung < ladder_r.size else np.inf
 
 # %% ../../nbs/risk/01_exits.ipynb #15d45efe
-@njit
+@stage
 def _climb_ladder(
     position: np.ndarray,  # changed in place
     opened: float,  # open of the bar, in the mirror
@@ -180,7 +180,7 @@ def _climb_ladder(
     return count
 
 # %% ../../nbs/risk/01_exits.ipynb #f4677a06
-@njit
+@stage
 def _count_slope(position: np.ndarray, slope: float) -> None:
     "Count the bars in a row that the slope has been against a side it was with before."
     along = slope * position[DIRECTION]
@@ -190,7 +190,7 @@ def _count_slope(position: np.ndarray, slope: float) -> None:
         position[AGAINST] += 1.0
 
 # %% ../../nbs/risk/01_exits.ipynb #ea62fcd3
-@njit
+@stage
 def _reason_to_leave(
     position: np.ndarray,
     close: float,
@@ -210,7 +210,7 @@ def _reason_to_leave(
     return BY_MAX_HOLD if age_ms >= max_hold_ms else -1
 
 # %% ../../nbs/risk/01_exits.ipynb #c070964a
-@njit
+@stage
 def _raise_stop(
     position: np.ndarray,  # changed in place
     level: float,  # in the mirror; NaN is no level
@@ -221,7 +221,7 @@ def _raise_stop(
         position[STOP], position[STOP_REASON] = position[DIRECTION] * level, reason
 
 # %% ../../nbs/risk/01_exits.ipynb #676dd2fa
-@njit
+@stage
 def _move_stop(
     position: np.ndarray,  # changed in place
     best: float,  # best price of the bar, in the mirror
@@ -245,7 +245,7 @@ def _move_stop(
             _raise_stop(position, direction * followed - trail_atr * position[ATR], BY_TRAILING)
 
 # %% ../../nbs/risk/01_exits.ipynb #6e9d3f5c
-@njit
+@stage
 def step(
     position: np.ndarray,  # shape (POSITION_FIELDS,); changed in place
     open_: float,
@@ -282,8 +282,29 @@ def step(
     _move_stop(position, best, average, rules.breakeven_r, rules.trail_mode, rules.trail_after_r, rules.trail_atr)
     return count
 
+# %% ../../nbs/risk/01_exits.ipynb #3e82c5e6
+@stage
+def calm_range(
+    position: np.ndarray,  # shape (POSITION_FIELDS,), after a step or a fill
+    rules: ExitRules,
+) -> tuple[float, float]:  # two prices; the whole line for a flat position, nothing where every bar counts
+    "Prices strictly between which a bar changes nothing."
+    direction = position[DIRECTION]
+    if direction == 0.0:
+        return -np.inf, np.inf
+    follows = rules.trail_atr > 0.0 and rules.trail_mode == MA_ATR and position[TRAILS] == 1.0
+    if follows or rules.flip_bars > 0 or min(rules.no_progress_ms, rules.max_hold_ms) < np.inf:
+        return np.inf, -np.inf
+    entry, stop, best = direction * position[ENTRY], direction * position[STOP], _next_target(position, rules.ladder_r)
+    if rules.breakeven_r > 0.0 and stop < entry:
+        best = np.fmin(best, entry + rules.breakeven_r * position[RISK])
+    if rules.trail_atr > 0.0 and position[TRAILS] == 0.0:
+        best = np.fmin(best, entry + rules.trail_after_r * position[RISK])
+    low, high = (stop, best) if direction > 0.0 else (-best, -stop)
+    return np.fmax(position[LOWEST], low), np.fmin(position[HIGHEST], high)
+
 # %% ../../nbs/risk/01_exits.ipynb #b967e7d3
-@njit
+@stage
 def remaining_row(
     positions: np.ndarray,  # shape (N, POSITION_FIELDS)
     targets: np.ndarray,  # shares of equity, signed, shape (N,)
@@ -295,7 +316,7 @@ def remaining_row(
         out[i] = positions[i, REMAINING] if same else 1.0
 
 # %% ../../nbs/risk/01_exits.ipynb #ac64e730
-@njit
+@stage
 def resting_stop(
     position: np.ndarray,  # shape (POSITION_FIELDS,), not flat
 ) -> float:  # a price, NaN where there is none

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..clock import DAY_MS
-from ..compiled import njit
+from ..compiled import stage
 from ..config import Config
 
 # %% ../../nbs/risk/02_limits.ipynb #e4ee895b
@@ -60,7 +60,7 @@ def empty_account() -> Account:
     return Account(np.array([-1.0, 0.0, 0.0, 0.0, 0.0]), np.full(DAYS, -np.inf))
 
 # %% ../../nbs/risk/02_limits.ipynb #1ce68799
-@njit
+@stage
 def _enter_equity(
     account: Account,  # changed in place
     equity: float,
@@ -77,7 +77,7 @@ def _enter_equity(
     account.highs[day % DAYS] = max(account.highs[day % DAYS], equity)
 
 # %% ../../nbs/risk/02_limits.ipynb #bb3e2a7d
-@njit
+@stage
 def high_of_30_days(
     account: Account,
 ) -> float:  # quote currency; minus infinity where nothing was seen
@@ -88,7 +88,7 @@ def high_of_30_days(
     return highest
 
 # %% ../../nbs/risk/02_limits.ipynb #6ed9acdc
-@njit
+@stage
 def account_drawdown(
     account: Account,
     equity: float,  # quote currency
@@ -98,7 +98,7 @@ def account_drawdown(
     return 1.0 - equity / highest if highest > equity else 0.0
 
 # %% ../../nbs/risk/02_limits.ipynb #9898a208
-@njit
+@stage
 def has_lost(
     reference: float,  # quote currency
     equity: float,  # quote currency
@@ -112,7 +112,7 @@ TRADES, PAUSED, KILLED = 0, 1, 2
 VERDICTS = ("trades", "daily_loss", "drawdown")
 
 # %% ../../nbs/risk/02_limits.ipynb #3aea52d3
-@njit
+@stage
 def resume_account(
     account: Account,  # changed in place
     equity: float,  # from which losses are counted now
@@ -128,7 +128,7 @@ def resume_account(
         account.highs[int(fields[DAY]) % DAYS] = equity
 
 # %% ../../nbs/risk/02_limits.ipynb #8f006519
-@njit
+@stage
 def step_account(
     account: Account,  # changed in place
     equity: float,  # now, after marking, quote currency
@@ -173,7 +173,7 @@ LOSS_DAY, LOSS_PNL, BANNED_UNTIL_MS = range(3)
 LOSS_FIELDS = 3
 
 # %% ../../nbs/risk/02_limits.ipynb #6f14d785
-@njit
+@stage
 def book_symbol_pnl(
     losses: np.ndarray,  # day, profit of that day, end of its ban, shape (LOSS_FIELDS,), zeros to begin with; changed in place
     pnl: float,  # since the last call, quote currency
@@ -204,7 +204,7 @@ def breaker_rules(config: Config) -> BreakerRules:
     return BreakerRules(breaker.errors_per_minute, breaker.failure_rate, breaker.window_minutes * 60_000.0)
 
 # %% ../../nbs/risk/02_limits.ipynb #83718f43
-@njit
+@stage
 def step_breaker(
     is_open: bool,  # whether it was
     minute_errors: int,  # failed requests of the last minute

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..compiled import njit
+from ..compiled import stage
 from ..config import Config
 from ..strategy.turnover import rebalanced_share, without_entry
 
 # %% ../../nbs/risk/00_overlays.ipynb #84c355bc
-@njit
+@stage
 def cap_notional(
     weight: float,  # target, share of equity, signed
     equity: float,  # in quote currency, above 0
@@ -53,7 +53,7 @@ def overlay_rules(config: Config) -> OverlayRules:
         equity_cap=np.inf if sizing.notional_cap_pct is None else sizing.notional_cap_pct / 100.0)
 
 # %% ../../nbs/risk/00_overlays.ipynb #af5c6478
-@njit
+@stage
 def stepdown_scale(
     drawdown: float,  # below the 30-day high, share of it, 0 or more
     rules: OverlayRules,
@@ -69,7 +69,7 @@ CLOSED, WINS, WON, LOST = range(4)
 ODDS_FIELDS = 4
 
 # %% ../../nbs/risk/00_overlays.ipynb #81bd2a29
-@njit
+@stage
 def note_odds(
     odds: np.ndarray,  # trades, those that won, sums of profits and of losses (both above 0), shape (ODDS_FIELDS,); changed
     pnl: float,  # of a closed trade after costs, share of equity
@@ -83,7 +83,7 @@ def note_odds(
         odds[LOST] -= pnl
 
 # %% ../../nbs/risk/00_overlays.ipynb #53aafe2f
-@njit
+@stage
 def kelly_share(
     odds: np.ndarray,  # shape (ODDS_FIELDS,), with at least one trade
 ) -> float:  # at most 1; minus infinity where nothing was ever won
@@ -95,7 +95,22 @@ def kelly_share(
     return float((p * win - (1.0 - p) * loss) / win)
 
 # %% ../../nbs/risk/00_overlays.ipynb #0914cea5
-@njit
+@stage
+def _at_place(
+    values: np.ndarray,  # NaN is left out
+    place: int,  # from 0, ascending
+) -> float:
+    "The value at a place of the ascending order."
+    for value in values:
+        below, equal = 0, 0
+        for other in values:
+            below, equal = below + (other < value), equal + (other == value)
+        if below <= place < below + equal:
+            return float(value)
+    return np.nan
+
+# %% ../../nbs/risk/00_overlays.ipynb #bf42fffc
+@stage
 def kelly_row(
     odds: np.ndarray,  # shape (N, ODDS_FIELDS)
     rules: OverlayRules,
@@ -107,7 +122,7 @@ def kelly_row(
         out[i] = np.nan
         if rules.kelly and odds[i, CLOSED] >= rules.kelly_trades:
             out[i], judged = kelly_share(odds[i]), judged + 1
-    middle = np.nanmedian(out) if judged > 0 else 0.0
+    middle = (_at_place(out, (judged - 1) // 2) + _at_place(out, judged // 2)) / 2.0 if judged > 0 else 0.0
     for i in range(out.size):
         if np.isnan(out[i]) or not middle > 0.0:
             out[i] = 1.0
@@ -117,7 +132,7 @@ def kelly_row(
             out[i] = min(max(rules.kelly_fraction * out[i] / middle, rules.kelly_min), rules.kelly_max)
 
 # %% ../../nbs/risk/00_overlays.ipynb #3cd2048c
-@njit
+@stage
 def largest_notional(
     equity: float,  # in quote currency, above 0
     day_volume: float,  # quote volume of the last 24 h
@@ -130,7 +145,7 @@ def largest_notional(
     return limit
 
 # %% ../../nbs/risk/00_overlays.ipynb #6e49ff9d
-@njit
+@stage
 def overlaid_row(
     targets: np.ndarray,  # the core's weights, shares of equity, signed, shape (N,)
     equity: float,  # in quote currency, above 0
@@ -149,7 +164,7 @@ def overlaid_row(
         out[i] = cap_notional(weight, equity, largest_notional(equity, day_volume[i], rules))
 
 # %% ../../nbs/risk/00_overlays.ipynb #6ef8bb0d
-@njit
+@stage
 def wanted_share(
     current: float,  # drifted share of equity, signed
     target: float,  # the core's weight, signed

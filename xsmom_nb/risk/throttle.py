@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..clock import timeframe_ms
-from ..compiled import njit
+from ..compiled import stage
 from ..config import Config
 from .limits import BANNED_UNTIL_MS
 
@@ -47,7 +47,7 @@ COOLDOWN_UNTIL_MS, STREAK, STREAK_UNTIL_MS = range(3)
 PAUSE_FIELDS = 3
 
 # %% ../../nbs/risk/03_throttle.ipynb #37837a4e
-@njit
+@stage
 def note_stop_out(
     pauses: np.ndarray,  # of one symbol, shape (PAUSE_FIELDS,), zeros to begin with; changed in place
     time_ms: float,  # of the exit, UTC ms
@@ -57,7 +57,7 @@ def note_stop_out(
     pauses[COOLDOWN_UNTIL_MS] = time_ms + rules.cooldown_ms
 
 # %% ../../nbs/risk/03_throttle.ipynb #a07fb765
-@njit
+@stage
 def note_closed_trade(
     pauses: np.ndarray,  # of one symbol, shape (PAUSE_FIELDS,); changed in place
     pnl: float,  # of the trade after all costs, any unit
@@ -76,7 +76,7 @@ THROTTLED = ("free", "cooldown after a stop", "losing streak", "daily loss of th
 _WAITING = -1
 
 # %% ../../nbs/risk/03_throttle.ipynb #c5419e29
-@njit
+@stage
 def _pause_of(
     pauses: np.ndarray,  # of one symbol, shape (PAUSE_FIELDS,)
     losses: np.ndarray,  # of one symbol, as `risk.limits` keeps it, shape (LOSS_FIELDS,)
@@ -90,7 +90,7 @@ def _pause_of(
     return COOLING if pauses[COOLDOWN_UNTIL_MS] > time_ms else FREE
 
 # %% ../../nbs/risk/03_throttle.ipynb #4650d4ae
-@njit
+@stage
 def _largest_waiting(
     targets: np.ndarray,  # shape (N,)
     verdicts: np.ndarray,  # shape (N,)
@@ -104,7 +104,7 @@ def _largest_waiting(
     return found
 
 # %% ../../nbs/risk/03_throttle.ipynb #614a7904
-@njit
+@stage
 def _admit(
     targets: np.ndarray,  # shape (N,)
     verdicts: np.ndarray,  # shape (N,); those that wait are decided
@@ -125,7 +125,7 @@ def _admit(
             verdicts[i] = refusal
 
 # %% ../../nbs/risk/03_throttle.ipynb #c8f64a2a
-@njit
+@stage
 def throttle_row(
     current: np.ndarray,  # held now, signed, in any unit, shape (N,)
     targets: np.ndarray,  # after the overlays, shares of equity, signed, shape (N,)
