@@ -158,7 +158,7 @@ PURE_NAMES = {  # what may be taken from modules that also hold effects
     "clock": {"DAY_MS", "bars_per_day", "bars_per_year", "format_utc", "last_closed_open_ms", "timeframe_ms"},
     "config": {"Config", "require_built"},
     "files": {"canonical_json"},
-    "compiled": {"njit"},
+    "compiled": {"njit", "stage"},
     "operations": {"Execution", "Costs"},
     "schema": {"Config"},
 }

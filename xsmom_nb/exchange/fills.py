@@ -8,10 +8,10 @@ __all__ = ['blended_fee_bps', 'slippage_bps', 'funding_payment', 'resting_fill',
 # %% ../../nbs/exchange/00_fills.ipynb #c7e3c112
 import numpy as np
 
-from ..compiled import njit
+from ..compiled import stage
 
 # %% ../../nbs/exchange/00_fills.ipynb #4955faee
-@njit
+@stage
 def blended_fee_bps(
     maker_bps: float,  # fee of a resting order, bps of notional
     taker_bps: float,  # fee of an aggressive order, bps of notional
@@ -21,7 +21,7 @@ def blended_fee_bps(
     return maker_ratio * maker_bps + (1.0 - maker_ratio) * taker_bps
 
 # %% ../../nbs/exchange/00_fills.ipynb #656c4917
-@njit
+@stage
 def slippage_bps(
     base_bps: float,  # paid by every trade
     impact_coef: float,  # of the square-root law
@@ -34,7 +34,7 @@ def slippage_bps(
     return base_bps + (impact if np.isfinite(impact) else 0.0)
 
 # %% ../../nbs/exchange/00_fills.ipynb #31221a6c
-@njit
+@stage
 def funding_payment(
     notional: float,  # signed value of the position, long above 0, in quote currency
     rate: float,  # settled funding, a fraction
@@ -43,7 +43,7 @@ def funding_payment(
     return notional * rate
 
 # %% ../../nbs/exchange/00_fills.ipynb #fa2349b4
-@njit
+@stage
 def resting_fill(
     is_buy: bool,
     limit: float,  # price at which the order waits, quote currency
@@ -61,7 +61,7 @@ def resting_fill(
     return min(remaining, offered) if offered > 0.0 else 0.0  # in this order: NaN is not above 0
 
 # %% ../../nbs/exchange/00_fills.ipynb #ee11c697
-@njit
+@stage
 def taker_price(
     is_buy: bool,
     best: float,  # ask for a purchase, bid for a sale
@@ -71,7 +71,7 @@ def taker_price(
     return best * (1.0 + slippage / 1e4 if is_buy else 1.0 - slippage / 1e4)
 
 # %% ../../nbs/exchange/00_fills.ipynb #6ed8d1a0
-@njit
+@stage
 def stop_fill(
     is_long: bool,  # whether the position that is closed is long
     stop: float,  # price; NaN: there is none

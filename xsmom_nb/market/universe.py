@@ -8,7 +8,7 @@ __all__ = ['finite_runs', 'day_quote_volume', 'universe_row', 'admitted_symbols'
 # %% ../../nbs/market/04_universe.ipynb #e59b7a6f
 import numpy as np
 
-from ..compiled import njit
+from ..compiled import njit, stage
 
 # %% ../../nbs/market/04_universe.ipynb #6f181d3f
 @njit
@@ -42,7 +42,35 @@ def day_quote_volume(
     return out
 
 # %% ../../nbs/market/04_universe.ipynb #229f83a3
-@njit
+@stage
+def _keep_largest(
+    eligible: np.ndarray,  # bool: who may be in, shape (N,)
+    day_volume: np.ndarray,  # quote volume of the last 24 h, shape (N,)
+    most: int,  # how many are kept, at least 1 and fewer than are eligible
+    out: np.ndarray,  # bool, shape (N,): a guess, such as who was in at the row before; then who is in
+) -> None:
+    "The `most` largest of the eligible."
+    count = 0
+    for i in range(out.size):
+        out[i] &= eligible[i]
+        count += out[i]
+    while True:
+        smallest, largest = -1, -1  # of those inside, of those outside
+        for i in range(out.size):
+            if out[i]:
+                smallest = i if smallest < 0 or day_volume[i] <= day_volume[smallest] else smallest
+            elif eligible[i]:
+                largest = i if largest < 0 or day_volume[i] > day_volume[largest] else largest
+        if count == most:
+            gained = day_volume[largest] - day_volume[smallest]
+            if gained < 0.0 or (gained == 0.0 and largest > smallest):
+                return
+        leaves = count >= most
+        out[smallest if leaves else largest] = not leaves
+        count += -1 if leaves else 1
+
+# %% ../../nbs/market/04_universe.ipynb #022c05b0
+@stage
 def universe_row(
     runs: np.ndarray,  # closes in a row so far, shape (N,)
     close: np.ndarray,  # shape (N,)
@@ -52,20 +80,23 @@ def universe_row(
     min_price: float,  # in quote currency
     min_quote_volume: float,  # of 24 h, in quote currency
     max_symbols: int,  # at most so many
-    out: np.ndarray,  # bool, shape (N,): who is in; written
+    eligible: np.ndarray,  # bool, shape (N,); overwritten
+    out: np.ndarray,  # bool, shape (N,): who was in at the row before, or anybody; then who is in
 ) -> int:  # how many are in
     "Decide the universe of one row."
     count = 0
     for i in range(out.size):
-        out[i] = (admitted[i] and runs[i] >= warmup_bars and close[i] >= min_price and day_volume[i] >= min_quote_volume)
-        count += out[i]
-    while count > max_symbols:
-        smallest = -1
+        eligible[i] = admitted[i] & (runs[i] >= warmup_bars)
+    if min_price > 0.0 or min_quote_volume > 0.0:
         for i in range(out.size):
-            if out[i] and (smallest < 0 or day_volume[i] <= day_volume[smallest]):
-                smallest = i
-        out[smallest] = False
-        count -= 1
+            eligible[i] &= (close[i] >= min_price) & (day_volume[i] >= min_quote_volume)
+    for i in range(out.size):
+        count += eligible[i]
+    if count > max_symbols:
+        _keep_largest(eligible, day_volume, max_symbols, out)
+        return max_symbols
+    for i in range(out.size):
+        out[i] = eligible[i]
     return count
 
 # %% ../../nbs/market/04_universe.ipynb #0d99100d

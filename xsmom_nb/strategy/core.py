@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..clock import bars_per_day, bars_per_year, timeframe_ms
-from ..compiled import njit
+from ..compiled import stage
 from ..config import Config, require_built
 from ..market.panel import Panel
 from ..market.universe import admitted_symbols, day_quote_volume, finite_runs, universe_row
@@ -25,12 +25,13 @@ from xsmom_nb.strategy.momentum import (
     momentum_dispersion,
     momentum_row,
     random_walk_factor,
-    slide_volatility,
+    slide_spread,
+    slide_sums,
+    volatility_row,
     zscore_row,
 )
-from .selection import choose_k, rank_side
+from .selection import choose_k, rank_sides
 from xsmom_nb.strategy.sizing import (
-    VOLATILITY_FLOOR,
     WEIGHTINGS,
     book_volatility,
     cap_side,
@@ -44,9 +45,10 @@ from xsmom_nb.strategy.sizing import (
 class Market(NamedTuple):
     "A panel prepared for the core; every array is read, none is written."
     close: np.ndarray  # shape (T, N)
-    returns: np.ndarray  # close / close before − 1, NaN where either is missing, shape (T, N)
-    returns_by_symbol: np.ndarray  # the same with 0 for NaN, shape (N, T)
-    runs: np.ndarray  # closes in a row so far, int32, shape (T, N)
+    inverse_close: np.ndarray  # 1 / close, shape (T, N)
+    returns: np.ndarray  # close / close before − 1, 0 where either is missing, shape (T, N)
+    returns_by_symbol: np.ndarray  # the same, shape (N, T)
+    runs: np.ndarray  # closes in a row so far, 0 where the close is missing, int32, shape (T, N)
     day_volume: np.ndarray  # quote volume of the last 24 h, shape (T, N)
     admitted: np.ndarray  # bool: whitelist and banlist, shape (N,)
     bar_number: np.ndarray  # whole bars since 1970 at each close, int64, shape (T,)
@@ -61,13 +63,15 @@ def prepare(
 ) -> Market:
     "Prepare a panel for the core: everything that is computed once."
     close = panel.close
-    returns = np.full(close.shape, np.nan)
+    returns = np.zeros(close.shape)
     returns[1:] = close[1:] / close[:-1] - 1.0
+    returns[np.isnan(returns)] = 0.0
     step = timeframe_ms(panel.timeframe)
     return Market(
         close=close,
+        inverse_close=1.0 / close,
         returns=returns,
-        returns_by_symbol=np.ascontiguousarray(np.where(np.isfinite(returns), returns, 0.0).T),
+        returns_by_symbol=np.ascontiguousarray(returns.T),
         runs=finite_runs(close),
         day_volume=day_quote_volume(close, panel.volume, bars_per_day(panel.timeframe)),
         admitted=admitted_symbols(panel.symbols, config.universe.whitelist, config.universe.banlist),
@@ -139,9 +143,12 @@ STAGES = ("raw", "side", "cap", "neutral", "volatility_target")  # what `weigh_r
 class Memory(NamedTuple):
     "The core's memory between rows, and the scratch arrays of one row."
     members: np.ndarray  # bool: the universe of the row, shape (N,)
-    volatility: np.ndarray  # of one bar, shape (N,)
-    sums: np.ndarray  # window sums of `slide_volatility`, shape (3, N)
+    volatility: np.ndarray  # of one bar, of the last row that was decided, shape (N,)
+    eligible: np.ndarray  # bool: scratch of the universe, shape (N,)
+    sums: np.ndarray  # window sums of `slide_sums`, shape (2, N)
     spread: np.ndarray  # cross-sectional variance of each row, shape (T,)
+    spread_sums: np.ndarray  # window sum and count of `slide_spread`, shape (2,)
+    scores: np.ndarray  # scratch of one row, shape (N,)
     momentum: np.ndarray  # shape (N,)
     ranked: np.ndarray  # bool: members that move at all, shape (N,)
     z: np.ndarray  # shape (N,)
@@ -156,14 +163,16 @@ class Memory(NamedTuple):
 def fresh_memory(
     market: Market,
     parameters: Parameters,
-    traced: bool = False,  # keep the book after each stage
+    traced: bool = False,  # keep the filters' notes, and the book after each stage
 ) -> Memory:
     "An empty memory for a walk."
     rows, n = market.close.shape
-    flags = np.zeros((4, n), dtype=np.bool_)
-    permissions = Permissions(longs=flags[2], shorts=flags[3], multiplier=np.ones(n), removed=np.full(n, -1))
+    flags = np.zeros((5, n), dtype=np.bool_)
+    permissions = Permissions(
+        longs=flags[2], shorts=flags[3], multiplier=np.ones(n), removed=np.full(n * traced, -1, dtype=np.int8))
     return Memory(
-        members=flags[0], volatility=np.full(n, np.nan), sums=np.zeros((3, n)), spread=np.full(rows, np.nan),
+        members=flags[0], volatility=np.full(n, np.nan), eligible=flags[4], sums=np.zeros((2, n)),
+        spread=np.full(rows, np.nan), spread_sums=np.zeros(2), scores=np.zeros(n),
         momentum=np.zeros(n), ranked=flags[1], z=np.zeros(n), permissions=permissions,
         names=np.zeros(2 * parameters.k_max, dtype=np.int64), book=np.zeros(2 * parameters.k_max),
         book_returns=np.zeros(parameters.vol_target_bars), stages=np.zeros((len(STAGES) * traced, 2 * parameters.k_max)),
@@ -171,47 +180,46 @@ def fresh_memory(
     )
 
 # %% ../../nbs/strategy/06_core.ipynb #288b9b3d
-@njit
+@stage
 def remember_row(
     market: Market,
     parameters: Parameters,
     memory: Memory,  # changed in place
     t: int,  # the next row; rows must be visited in order, from `walk_start` or 0
 ) -> None:
-    "Take row t into the memory: universe, volatility, spread of returns."
+    "Take row t into the memory: universe, sums for the volatility, spread of returns."
     universe_row(
         market.runs[t], market.close[t], market.day_volume[t], market.admitted, parameters.warmup_bars,
-        parameters.min_price, parameters.min_quote_volume, parameters.max_symbols, memory.members)
-    slide_volatility(
-        market.returns, t, market.bar_number[t], parameters.vol_lookback, memory.sums, memory.volatility)
-    memory.spread[t] = mean_and_variance(market.returns[t], memory.members)[2]
+        parameters.min_price, parameters.min_quote_volume, parameters.max_symbols, memory.eligible, memory.members)
+    slide_sums(market.returns, t, market.bar_number[t], parameters.vol_lookback, memory.sums)
+    memory.spread[t] = mean_and_variance(market.returns[t], memory.members, memory.scores)[2]
+    slide_spread(memory.spread, t, market.bar_number[t], parameters.vol_lookback, memory.spread_sums)
 
 # %% ../../nbs/strategy/06_core.ipynb #a67fa033
-@njit
+@stage
 def choose_row(
     market: Market,
     parameters: Parameters,
-    memory: Memory,  # `momentum`, `ranked`, `z`, `permissions`, `names` and `choice` are written
+    memory: Memory,  # `volatility`, `ranked`, `momentum`, `z`, `permissions`, `names` and `choice` are written
     t: int,
 ) -> tuple[int, int, bool]:  # longs and shorts at the front of `memory.names`, and whether new entries are allowed
     "Score the universe of row t, ask the filters, and choose the names of both sides."
-    momentum_row(market.close, t, parameters.lookbacks, parameters.lookback_weights, memory.momentum)
-    for i in range(memory.ranked.size):
-        memory.ranked[i] = memory.members[i] and memory.volatility[i] >= VOLATILITY_FLOOR
-    deviation = zscore_row(memory.momentum, memory.ranked, memory.z)
+    volatility_row(memory.sums, market.runs[t], parameters.vol_lookback, memory.members, memory.volatility, memory.ranked)
+    momentum_row(market.inverse_close, t, parameters.lookbacks, parameters.lookback_weights, memory.momentum)
+    deviation = zscore_row(memory.momentum, memory.ranked, memory.scores, memory.z)
     may_enter = apply_filters(
         market.filter_kinds, market.filter_parameters, market.features, t, memory.ranked, memory.permissions)
-    dispersion = momentum_dispersion(deviation, memory.spread, t, parameters.vol_lookback, parameters.random_walk_factor)
+    dispersion = momentum_dispersion(deviation, memory.spread_sums, parameters.random_walk_factor)
     k = parameters.k_max
     if parameters.dynamic_k:
         k = choose_k(dispersion, parameters.k_min, parameters.k_max, parameters.kappa)
-    longs = rank_side(1.0, memory.z, memory.permissions.longs, parameters.entry_zscore_min, k, memory.names)
-    shorts = rank_side(-1.0, memory.z, memory.permissions.shorts, parameters.entry_zscore_min, k, memory.names[longs:])
+    longs, shorts = rank_sides(
+        memory.z, memory.permissions, parameters.entry_zscore_min, k, memory.scores, memory.names)
     memory.choice[0], memory.choice[1] = dispersion, k
     return longs, shorts, may_enter
 
 # %% ../../nbs/strategy/06_core.ipynb #b63dd395
-@njit
+@stage
 def _keep_stage(memory: Memory, stage: int, names: int) -> None:
     "Copy the book as it stands after a stage, where somebody asks for it."
     if stage < memory.stages.shape[0]:
@@ -219,7 +227,7 @@ def _keep_stage(memory: Memory, stage: int, names: int) -> None:
             memory.stages[stage, m] = np.abs(memory.book[m])
 
 # %% ../../nbs/strategy/06_core.ipynb #3518228f
-@njit
+@stage
 def weigh_row(
     market: Market,
     parameters: Parameters,
@@ -235,10 +243,10 @@ def weigh_row(
         names, memory.z, memory.volatility, memory.permissions.multiplier, parameters.weighting, parameters.signal_power, book)
     _keep_stage(memory, 0, names.size)
     if parameters.market_neutral:
-        scale_side(long_side, long_side.sum(), parameters.gross_leverage / 2.0)
-        scale_side(short_side, short_side.sum(), parameters.gross_leverage / 2.0)
+        scale_side(long_side, parameters.gross_leverage / 2.0)
+        scale_side(short_side, parameters.gross_leverage / 2.0)
     else:
-        scale_side(book, book.sum(), parameters.gross_leverage)
+        scale_side(book, parameters.gross_leverage)
     _keep_stage(memory, 1, names.size)
     cap_side(long_side, parameters.cap)
     cap_side(short_side, parameters.cap)
@@ -249,8 +257,7 @@ def weigh_row(
     largest, gross = 0.0, 0.0
     for m in range(names.size):
         largest, gross = max(largest, book[m]), gross + book[m]
-        if m >= longs:
-            book[m] = -book[m]
+        book[m] = book[m] if m < longs else -book[m]
     if parameters.vol_target:
         bar_volatility = book_volatility(names, book, market.returns_by_symbol, t, memory.book_returns)
         scale = volatility_scale(
@@ -261,7 +268,7 @@ def weigh_row(
     _keep_stage(memory, 4, names.size)
 
 # %% ../../nbs/strategy/06_core.ipynb #4f5c3b11
-@njit
+@stage
 def core_row(
     market: Market,
     parameters: Parameters,
@@ -279,20 +286,20 @@ def core_row(
     return may_enter
 
 # %% ../../nbs/strategy/06_core.ipynb #507179cb
-@njit
+@stage
 def walk_start(
     bar_number: np.ndarray,  # whole bars since 1970 at each close, shape (T,)
     first: int,  # first row that is decided
     vol_lookback: int,  # in bars
 ) -> int:
     "The row from which a walk must remember so that `first` is decided as from row 0."
-    for t in range(first - vol_lookback + 1, 0, -1):
+    for t in range(first, 0, -1):
         if bar_number[t] % REBUILD_BARS == 0:
-            return t
+            return max(0, t - vol_lookback + 1)
     return 0
 
 # %% ../../nbs/strategy/06_core.ipynb #66ea77ed
-@njit
+@stage
 def core_rows(
     market: Market,
     parameters: Parameters,
@@ -321,11 +328,11 @@ def core_weights(
     return out
 
 # %% ../../nbs/strategy/06_core.ipynb #9a49b151
-@njit
+@stage
 def removal_rows(
     market: Market,
     parameters: Parameters,
-    memory: Memory,  # fresh
+    memory: Memory,  # fresh and traced
     out: np.ndarray,  # int64, shape (T, N): place of the filter that removed it, −1: passed, −2: not in the row; written
 ) -> None:
     "Walk over all rows and write what the pipeline did to each symbol."
@@ -344,7 +351,7 @@ def filter_removals(
     "How often each filter removed each symbol."
     parameters, market = core_parameters(config, panel.timeframe), prepare(panel, config)
     out = np.full(panel.shape, -2)
-    removal_rows(market, parameters, fresh_memory(market, parameters), out)
+    removal_rows(market, parameters, fresh_memory(market, parameters, traced=True), out)
     counted = out[first_row:]
     columns = {REGISTRY[kind].name: (counted == place).sum(axis=0) for place, kind in enumerate(enabled_filters(config))}
     return pd.DataFrame({"bars": (counted > -2).sum(axis=0), **columns}, index=pd.Index(panel.symbols, name="symbol"))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..clock import bars_per_day
-from ..compiled import njit
+from ..compiled import stage
 from ..config import Config
 from ..market.panel import Panel
 from .indicators import adx, ema
@@ -24,7 +24,7 @@ class Permissions(NamedTuple):
     longs: np.ndarray  # bool, shape (N,): may be held long
     shorts: np.ndarray  # bool, shape (N,): may be held short
     multiplier: np.ndarray  # factor ≥ 0 of the raw weight, shape (N,)
-    removed: np.ndarray  # place in the pipeline of the filter that closed the last side, −1: none did, int64, shape (N,)
+    removed: np.ndarray  # place in the pipeline of the filter that closed the last side, −1: none did; int8, shape (N,) or (0,)
 
 # %% ../../nbs/strategy/02_filters.ipynb #63ce58b2
 def regime_slope(
@@ -44,7 +44,7 @@ def regime_slope(
 ABSOLUTE, ALIGNED = 0.0, 1.0
 REGIME_MODES = {"absolute": ABSOLUTE, "aligned": ALIGNED}
 
-@njit
+@stage
 def regime_row(
     slope: np.ndarray,  # in bps a day, shape (N,)
     mode: float,  # one of `REGIME_MODES`
@@ -52,17 +52,14 @@ def regime_row(
     permissions: Permissions,  # changed in place
 ) -> None:
     "Close the sides of the symbols whose average is too flat, or slopes against them."
+    longs, shorts, either_way = permissions.longs, permissions.shorts, mode == ABSOLUTE
     for i in range(slope.size):
-        if mode == ABSOLUTE:
-            moving = np.abs(slope[i]) >= slope_min
-            permissions.longs[i] &= moving
-            permissions.shorts[i] &= moving
-        else:
-            permissions.longs[i] &= slope[i] >= slope_min
-            permissions.shorts[i] &= slope[i] <= -slope_min
+        rises, falls = slope[i] >= slope_min, slope[i] <= -slope_min
+        longs[i] &= rises | (falls & either_way)
+        shorts[i] &= falls | (rises & either_way)
 
 # %% ../../nbs/strategy/02_filters.ipynb #87874afe
-@njit
+@stage
 def adx_row(
     strength: np.ndarray,  # ADX now, shape (N,)
     strength_before: np.ndarray,  # ADX of the bar before, shape (N,)
@@ -72,7 +69,7 @@ def adx_row(
 ) -> None:
     "Close both sides of the symbols without a strong (and, if asked, strengthening) trend."
     for i in range(strength.size):
-        strong = strength[i] >= min_adx and (require_rising == 0.0 or strength[i] > strength_before[i])
+        strong = (strength[i] >= min_adx) & ((require_rising == 0.0) | (strength[i] > strength_before[i]))
         permissions.longs[i] &= strong
         permissions.shorts[i] &= strong
 
@@ -122,7 +119,7 @@ def enabled_filters(
     return [numbers[name] for name in config.filters.order if getattr(config.filters, name).enabled]
 
 # %% ../../nbs/strategy/02_filters.ipynb #6526becc
-@njit
+@stage
 def filter_row(
     kind: int,  # number of the filter in `REGISTRY`
     parameters: np.ndarray,  # shape (2,)
@@ -138,7 +135,7 @@ def filter_row(
     return True
 
 # %% ../../nbs/strategy/02_filters.ipynb #4f51df96
-@njit
+@stage
 def apply_filters(
     kinds: np.ndarray,  # numbers of the enabled filters in order, int64, shape (F,)
     parameters: np.ndarray,  # shape (F, 2)
@@ -148,17 +145,18 @@ def apply_filters(
     permissions: Permissions,  # written
 ) -> bool:  # False: no new entries in this row
     "Run the pipeline on row t. A multiplier of 0 closes both sides, so that the next in rank takes the place."
+    longs, shorts, multiplier, removed = permissions
     for i in range(members.size):
-        permissions.longs[i] = permissions.shorts[i] = members[i]
-        permissions.multiplier[i], permissions.removed[i] = 1.0, -1
+        longs[i], shorts[i], multiplier[i] = members[i], members[i], 1.0
+    removed[:] = -1
     may_enter = True
     for f in range(kinds.size):
         may_enter &= filter_row(kinds[f], parameters[f], features[f, t], features[f, max(t - 1, 0)], permissions)
         for i in range(members.size):
-            if not permissions.multiplier[i] > 0.0:
-                permissions.longs[i] = permissions.shorts[i] = False
-            if members[i] and permissions.removed[i] < 0 and not (permissions.longs[i] or permissions.shorts[i]):
-                permissions.removed[i] = f
+            longs[i] &= multiplier[i] > 0.0
+            shorts[i] &= multiplier[i] > 0.0
+        for i in range(removed.size):
+            removed[i] = f if members[i] & (removed[i] < 0) & (not (longs[i] | shorts[i])) else removed[i]
     return may_enter
 
 # %% ../../nbs/strategy/02_filters.ipynb #cd82f591

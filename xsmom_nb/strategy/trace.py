@@ -15,7 +15,7 @@ from ..market.panel import Panel
 from ..market.universe import why_outside
 from .core import STAGES, Market, Memory, Parameters, core_parameters, core_rows, fresh_memory, prepare
 from .filters import REGISTRY, Permissions, enabled_filters, filter_row
-from .selection import rank_side
+from .selection import rank_sides
 
 # %% ../../nbs/strategy/07_trace.ipynb #faf88af9
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def filter_views(
     views, n = [], market.close.shape[1]
     for place, kind in enumerate(enabled_filters(config)):
         flags = np.ones((2, n), dtype=np.bool_)
-        permissions = Permissions(flags[0], flags[1], np.ones(n), np.full(n, -1))
+        permissions = Permissions(flags[0], flags[1], np.ones(n), np.zeros(0, dtype=np.int8))
         value = market.features[place, t]
         filter_row(kind, market.filter_parameters[place], value, market.features[place, max(t - 1, 0)], permissions)
         each = REGISTRY[kind]
@@ -72,10 +72,10 @@ def _ranks(
 ) -> np.ndarray:  # int64, shape (N,)
     "Place of each candidate of either side, from 1."
     n = memory.z.size
-    places, names = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
-    for side, allowed in ((1.0, memory.permissions.longs), (-1.0, memory.permissions.shorts)):
-        found = rank_side(side, memory.z, allowed, entry_zscore_min, n, names)
-        places[names[:found]] = np.arange(1, found + 1)
+    places, names = np.zeros(n, dtype=np.int64), np.zeros(2 * n, dtype=np.int64)
+    longs, shorts = rank_sides(memory.z, memory.permissions, entry_zscore_min, n, np.zeros(n), names)
+    places[names[:longs]] = np.arange(1, longs + 1)
+    places[names[longs : longs + shorts]] = np.arange(1, shorts + 1)
     return places
 
 # %% ../../nbs/strategy/07_trace.ipynb #a873a8da

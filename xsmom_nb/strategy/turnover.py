@@ -6,10 +6,10 @@
 __all__ = ['is_rebalance_row', 'rebalanced_share', 'without_entry']
 
 # %% ../../nbs/strategy/05_turnover.ipynb #0b213798
-from ..compiled import njit
+from ..compiled import stage
 
 # %% ../../nbs/strategy/05_turnover.ipynb #b88b1692
-@njit
+@stage
 def is_rebalance_row(
     bar_number: int,  # whole bars since 1970 at the row's close
     every_bars: int,
@@ -19,7 +19,7 @@ def is_rebalance_row(
     return (bar_number - offset_bars) % every_bars == 0
 
 # %% ../../nbs/strategy/05_turnover.ipynb #e479f32c
-@njit
+@stage
 def rebalanced_share(
     current: float,  # drifted share of equity, signed
     target: float,  # wanted share of equity, signed
@@ -34,7 +34,7 @@ def rebalanced_share(
     return current + trade_rate * (target - current)
 
 # %% ../../nbs/strategy/05_turnover.ipynb #c0d2e043
-@njit
+@stage
 def without_entry(
     current: float,  # drifted share of equity, signed
     proposed: float,  # what would be held after the trade, signed
