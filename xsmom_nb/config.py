@@ -315,7 +315,6 @@ NOT_BUILT: dict[str, Any] = {  # key: the only value that is served so far
     "execution.dynamic_offset.enabled": False,
     "execution.imbalance.enabled": False,
     "execution.taker_fallback": False,
-    "backtest.risk": "core",
     "live.mode": "paper",
     "notify.routes": [],
 }

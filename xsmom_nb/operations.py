@@ -149,7 +149,7 @@ class Backtest(Section):
     "How a backtest is run."
 
     initial_equity: float = Field(10_000.0, gt=0, le=1e12, description="equity before the first bar, USDT")
-    risk: Literal["core", "full"] = Field("core", description="core: book, caps and costs; full: also overlays, exits and limits")
+    risk: Literal["core", "full"] = Field("full", description="core: book, caps and costs; full: also overlays, exits and limits")
     hard_kill_resume_days: int | None = Field(
         30, ge=1, le=3650, description="days after which a backtest resumes from the drawdown limit; null: it ends there"
     )

@@ -145,4 +145,8 @@ def throttle_row(
             verdicts[i], waiting = _WAITING, waiting + 1
     if waiting > 0:
         room = max(rules.max_positions - held, 0)
-        _admit(targets, verdicts, min(room, rules.max_entries), NO_PLACE if room <= rules.max_entries else NO_TURN)
+        if waiting > min(room, rules.max_entries):
+            _admit(targets, verdicts, min(room, rules.max_entries), NO_PLACE if room <= rules.max_entries else NO_TURN)
+        else:
+            for i in range(targets.size):
+                verdicts[i] = max(verdicts[i], FREE)  # nobody has to wait
