@@ -362,13 +362,16 @@ def run_kernel(
     equity: float,  # to begin with, quote currency
     series: Series,  # zeros, written; its length R says how many rows are kept from `first` on
 ) -> np.ndarray:  # finished and still open trades, shape (K, TRADE_FIELDS)
-    "Run core strategy, risk, turnover control and accounting over a market; after a total loss everything stays zero."
+    "Run strategy, risk and accounting over a market; after a total loss, or an equity that is no number, all stays zero."
     n, end, count, before = book.shares.size, first + series.equity.size, 0, equity
     targets, closed = np.zeros(n), np.zeros((2 * n, TRADE_FIELDS))
     t = walk_start(plan.market.bar_number, first, plan.parameters.vol_lookback)
     while t < end and equity > 0.0:
         closed = _room_for(closed, 2 * (count + n))
         t, before, equity, count = walk(plan, memory, book, watch, first, t, equity, targets, closed, count, series)
+    if not np.isfinite(equity):
+        series.equity[t - 1 - first] = equity  # for whoever looks: it is neither a gain nor a loss
+        return closed[:count]
     closed = _room_for(closed, count + n)
     book.trades[: len(watch.positions), [RISK, LOWEST, HIGHEST]] = watch.positions[:, [exits.RISK, exits.LOWEST, exits.HIGHEST]]
     ruined = equity <= 0.0

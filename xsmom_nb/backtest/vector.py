@@ -12,32 +12,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from xsmom_nb.backtest.kernel import (
+from xsmom_nb.backtest.books import (
     BOUGHT,
     ENTRY_ROW,
     EXIT_REASONS,
     EXIT_ROW,
     FEES,
     FUNDING,
+    HIGHEST,
+    LOWEST,
     PAID_IN,
     PAID_OUT,
     REASON,
+    RISK,
     SIDE,
     SLIPPAGE,
     SYMBOL,
-    Series,
-    empty_book,
-    empty_series,
-    run_kernel,
-    trading_rules,
 )
-from .metrics import compute_metrics
+from .metrics import bar_returns, compute_metrics
+from .prepared import prepare_run, run_prepared
 from .window import Window, decision_window
-from ..clock import bars_per_year, format_utc, timeframe_ms
+from ..clock import bars_per_year, timeframe_ms
 from ..config import Config, with_values
-from ..errors import DataError
 from ..market.panel import Panel
-from ..strategy.core import core_parameters, fresh_memory, prepare
 
 # %% ../../nbs/backtest/03_vector.ipynb #ca179e34
 @dataclass(frozen=True)
@@ -55,6 +52,20 @@ class BacktestResult:
     origin: str  # where the data came from
 
 # %% ../../nbs/backtest/03_vector.ipynb #b6e57fe8
+def _excursions(
+    trades: np.ndarray,  # shape (K, TRADE_FIELDS)
+) -> dict[str, np.ndarray]:  # R multiple, MAE and MFE, NaN where positions were not watched
+    "How far a trade's price went either way, and what the trade earned for its risk."
+    side, quantity, seen = trades[:, SIDE], trades[:, BOUGHT], trades[:, HIGHEST] > 0.0
+    entry = trades[:, PAID_IN] / quantity
+    pnl = side * (trades[:, PAID_OUT] - trades[:, PAID_IN]) - trades[:, FEES] - trades[:, FUNDING]
+    worst, best = (np.where(side > 0, trades[:, long], trades[:, short]) for long, short in ((LOWEST, HIGHEST), (HIGHEST, LOWEST)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {"r_multiple": pnl / (trades[:, RISK] * quantity), "mae": np.maximum(side * (entry - worst) / entry, 0.0),
+                 "mfe": np.maximum(side * (best - entry) / entry, 0.0)}
+    return {name: np.where(seen, values, np.nan) for name, values in found.items()}
+
+# %% ../../nbs/backtest/03_vector.ipynb #d3c13750
 def trade_frame(
     trades: np.ndarray,  # as the kernel records them, shape (K, TRADE_FIELDS)
     panel: Panel,
@@ -73,27 +84,11 @@ def trade_frame(
         "pnl": trades[:, SIDE] * (trades[:, PAID_OUT] - trades[:, PAID_IN]) - trades[:, FEES] - trades[:, FUNDING],
         "fees": trades[:, FEES], "funding": trades[:, FUNDING],
         "exit_reason": np.array(EXIT_REASONS, dtype=object)[rows[REASON]],
-        "slippage": trades[:, SLIPPAGE], "bars": rows[EXIT_ROW] - rows[ENTRY_ROW],
+        "slippage": trades[:, SLIPPAGE], "bars": rows[EXIT_ROW] - rows[ENTRY_ROW], **_excursions(trades),
     })
     return frame.sort_values(["exit_time", "entry_time", "symbol"], kind="stable", ignore_index=True)
 
 # %% ../../nbs/backtest/03_vector.ipynb #cd8890a2
-def _kernel_run(panel: Panel, config: Config, first_row: int) -> tuple[Series, np.ndarray]:
-    "Prepare, run, and refuse an equity that is not a number."
-    rows, n = panel.shape[0] - first_row, panel.shape[1]
-    parameters, market, series = core_parameters(config, panel.timeframe), prepare(panel, config), empty_series(rows, n)
-    trades = run_kernel(
-        market, panel.volume, panel.funding, parameters, trading_rules(config), fresh_memory(market, parameters), empty_book(n),
-        first_row, config.backtest.initial_equity, series)
-    lost = np.flatnonzero(~np.isfinite(series.equity))
-    if lost.size:
-        when = format_utc(int(panel.open_time_ms[first_row + lost[0]]))
-        raise DataError(
-            f"equity at {when} is {series.equity[lost[0]]}; expected a number: prices, volumes or funding of {panel.origin} are "
-            "beyond what can be computed with; look at that bar with `xsmom data check`")
-    return series, trades
-
-# %% ../../nbs/backtest/03_vector.ipynb #01d05aff
 def backtest(
     panel: Panel,
     config: Config,
@@ -104,11 +99,10 @@ def backtest(
     "Backtest a config over a panel; raises `ConfigError` for parts that are not built, `RefusedError` for the holdout."
     window = decision_window(panel, config, start_ms, end_ms, holdout)
     seen = panel.slice(end_ms=window.end_ms)
-    series, trades = _kernel_run(seen, config, window.first_row)
+    series, trades = run_prepared(prepare_run(seen, config), config, window.first_row)
     index = seen.index[window.first_row :]
-    before = np.concatenate([[config.backtest.initial_equity], series.equity[:-1]])
     columns = {name: getattr(series, name) for name in ("turnover", "fees", "slippage", "funding")}
-    returns = np.where(before > 0.0, series.equity / np.where(before > 0.0, before, 1.0) - 1.0, 0.0)
+    returns = bar_returns(series.equity, config.backtest.initial_equity)
     equity = pd.DataFrame({"equity": series.equity, "returns": returns, **columns}, index=index)
     table = trade_frame(trades, seen)
     return BacktestResult(
