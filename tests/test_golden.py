@@ -33,7 +33,7 @@ def results(numbers):
             folder = SHARED / about["path"]
             panels[case["panel"]] = Store(folder.parent, folder.name).panel(
                 about["timeframe"], start_ms=parse_utc(about["first"]), end_ms=parse_utc(about["last"]))
-        config = with_values(Config(), case["config"])
+        config = with_values(Config(), {**case["config"], "backtest.risk": "core"})
         found[name] = backtest(panels[case["panel"]], config, holdout=True)
     return found
 
