@@ -152,7 +152,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def as_json(
-    record: Memory | Decision,
+    record: Memory | Decision | RiskMemory,
 ) -> dict[str, Any]:  # plain JSON
     "A record as JSON."
     kind: Any = type(record)
@@ -161,7 +161,7 @@ def as_json(
 
 # %% ../nbs/50_decision.ipynb #f641bd4f
 def from_json(
-    kind: Any,  # Memory or Decision
+    kind: Any,  # Memory, Decision or RiskMemory
     content: Mapping[str, Any],  # as `as_json` gives it
 ) -> Any:
     "Read a record back; raises `DataError` naming the field that does not fit."

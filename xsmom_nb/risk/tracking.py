@@ -20,7 +20,7 @@ from .overlays import OverlayRules, note_odds, overlay_rules
 from .throttle import ThrottleRules, note_closed_trade, note_stop_out, throttle_rules
 
 # %% auto #0
-__all__ = ['RiskRules', 'risk_rules', 'Yardstick', 'Leaving', 'SymbolRisk', 'RiskMemory', 'close_of', 'after_trade',
+__all__ = ['RiskRules', 'risk_rules', 'Yardstick', 'Leaving', 'SymbolRisk', 'Seen', 'RiskMemory', 'close_of', 'after_trade',
            'after_funding', 'measured']
 
 # %% ../../nbs/risk/04_tracking.ipynb #7c9241bf
@@ -98,13 +98,22 @@ class SymbolRisk:
         return self.cash + float(self.quantity) * price
 
 # %% ../../nbs/risk/04_tracking.ipynb #c52acf2a
+@dataclass(frozen=True, slots=True)
+class Seen:
+    "How far a table was followed."
+
+    newest_ms: int | None = None  # time of its newest row so far, UTC ms; None: of none
+    ids: tuple[str, ...] = ()  # of the latest rows, behind which a late one may still come
+
+
 @dataclass(frozen=True)
 class RiskMemory:
     "What fills and prices have made of an account."
 
     symbols: Mapping[str, SymbolRisk] = field(default_factory=dict)  # those that were ever traded
-    seen_ms: int | None = None  # time of the newest fill or funding that is in it, UTC ms; None: none is
-    seen: tuple[str, ...] = ()  # ids of the latest of them, so that each moves the state once
+    fills: Seen = field(default_factory=Seen)
+    funding: Seen = field(default_factory=Seen)
+    unprotected: tuple[str, ...] = ()  # symbols held without a stop at the exchange, of which somebody was told
 
 # %% ../../nbs/risk/04_tracking.ipynb #504e1d62
 def close_of(
