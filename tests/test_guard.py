@@ -49,6 +49,15 @@ def mirrored(bar):
     return 200 - open_, 200 - low, 200 - high, 200 - close
 
 
+def price_of(kind: str, number: float, entry: float, direction: int) -> float:
+    "What a case says an exit was paid."
+    is_buy, seen = direction < 0, number if direction > 0 else 200 - number
+    if kind == "market":
+        return at_market(seen, is_buy)
+    level = {"open": seen, "level": on_tick(seen, is_buy), "stop": on_tick(entry + direction * number, is_buy)}[kind]
+    return at_stop(level, is_buy)
+
+
 # A case: settings, bars from hour 1 on, and what leaves: (hour, quantity, "market" with the last price or "stop" with the
 # distance of the level from the entry in the position's favour, reason that is remembered).
 CASES = {
@@ -78,25 +87,21 @@ def test_an_exit_and_what_it_earns(tmp_path, name, direction):
     bench = Bench(tmp_path, hours if direction > 0 else [mirrored(bar) for bar in hours], **changes).begin(10 * direction)
     entry, left = at_market(100.0, direction > 0), {}
     for hour in range(1, len(hours) + 1):
-        known = {fill.fill_id for fill in bench.port.fetch_fills(0)}
+        known = len(bench.port.fetch_fills(0))
         bench.hour()
-        left |= {hour: fill for fill in bench.port.fetch_fills(0) if fill.fill_id not in known}
-    reflect = lambda price: price if direction > 0 else 200 - price
+        for fill in bench.port.fetch_fills(0)[known:]:
+            left[hour] = fill
     cash = -direction * 10 * entry
     fees = 10 * entry * 5.5e-4
     assert sorted(left) == [hour for hour, *_ in expected]
     for hour, quantity, kind, number in expected:
-        is_buy, fill = direction < 0, left[hour]
-        prices = {"market": lambda: at_market(reflect(number), is_buy), "open": lambda: at_stop(reflect(number), is_buy),
-                  "level": lambda: at_stop(on_tick(reflect(number), is_buy), is_buy),
-                  "stop": lambda: at_stop(on_tick(entry + direction * number, is_buy), is_buy)}
-        price = prices[kind]()
+        fill, price = left[hour], price_of(kind, number, entry, direction)
         assert float(fill.price) == pytest.approx(price, abs=1e-9)
         assert float(fill.quantity) == quantity
         assert bool(fill.link_id) == (kind == "market")
         cash, fees = cash + direction * quantity * price, fees + quantity * price * 5.5e-4
     held = direction * (10 - sum(quantity for _, quantity, *_ in expected))
-    last = reflect(hours[-1][3])
+    last = hours[-1][3] if direction > 0 else 200 - hours[-1][3]
     assert float(bench.port.fetch_account().equity) == pytest.approx(10_000 + cash - fees + held * last, abs=1e-6)
     risk = bench.risk
     assert float(risk.quantity) == held

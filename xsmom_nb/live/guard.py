@@ -87,7 +87,8 @@ def step_symbol(
     tracked, mark = risk.position, float(position.mark_price)
     if tracked is None or (risk.leaving is not None and not risk.leaving.down_to):
         return risk
-    path, exits = heard(ticks, risk.entered_ms, Tick.at(time_ms, mark)), []
+    path = heard(ticks, risk.entered_ms, Tick.at(time_ms, mark))
+    exits: list[Exit] = []
     if risk.row_ms != row_ms and not (yardstick.slope is None and yardstick.average is None):
         path[-1] = replace(path[-1], slope=yardstick.slope, average=yardstick.average)
         risk = replace(risk, row_ms=row_ms)
