@@ -313,3 +313,17 @@ def test_stops_never_move_back_and_never_are_missing(tmp_path_factory, moves, qu
     assert float(bench.risk.quantity) == float(sum(fill.signed_quantity for fill in fills))
     assert 0 <= float(bench.risk.quantity) * (1 if quantity > 0 else -1) <= 10
     bench.close()
+
+
+def test_a_line_on_which_nothing_can_be_asked_about_an_order_still_protects_the_position(tmp_path):
+    bench = Bench(tmp_path, FALL).begin()
+    line = Line(bench.port)
+    bench.port = line
+    line.spoilt["submit_order"] = lambda request: Submission("unknown", reason="connection lost")
+    line.deaf["find_order"] = math.inf
+    assert [each.outcome for each in bench.hour().sent] == ["unknown"]
+    line.port.set_position_stop(COIN, None)
+    report = bench.guard()
+    assert (report.sent, report.stops, report.unprotected) == ((), {COIN: Decimal("93.012")}, ())
+    assert len(line.posts) == 1
+    bench.close()
