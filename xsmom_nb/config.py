@@ -299,24 +299,16 @@ NOT_BUILT: dict[str, Any] = {  # key: the only value that is served so far
     "filters.symbol_score.enabled": False,
     "filters.time_of_day.enabled": False,
     "filters.meta.enabled": False,
-    "sizing.adv_cap_pct": None,
-    "sizing.notional_cap_pct": None,
     "sizing.diversify.enabled": False,
     "sizing.clusters.enabled": False,
     "sizing.funding_tilt.enabled": False,
     "sizing.cvar.enabled": False,
-    "sizing.kelly.enabled": False,
     "vol_regime.enabled": False,
-    "risk.regime_flip.enabled": False,
-    "risk.no_progress.enabled": False,
-    "risk.max_hold_hours": None,
-    "throttle.max_open_positions": None,
-    "throttle.max_entries_per_cycle": None,
     "execution.dynamic_offset.enabled": False,
     "execution.imbalance.enabled": False,
     "execution.taker_fallback": False,
     "live.mode": "paper",
-    "notify.routes": [],
+    "notify.routes": (),
 }
 
 # %% ../nbs/03e_config.ipynb #21e48bd2
@@ -324,11 +316,11 @@ def require_built(
     config: Config,
 ) -> None:
     "Raise `ConfigError` naming every setting that switches on something that does not exist yet."
-    flat = flatten(config)
+    values = {key: value_at(config, key) for key in NOT_BUILT}
     lines = [
-        f"{key} = {_shown(key, flat[key])}: not built yet; expected {_shown(key, served)}"
+        f"{key} = {_shown(key, values[key])}: not built yet; expected {_shown(key, served)}"
         for key, served in NOT_BUILT.items()
-        if flat[key] != served
+        if values[key] != served
     ]
     if lines:
         raise ConfigError("\n".join(lines))
