@@ -19,8 +19,9 @@ from ..errors import DataError, XsmomError
 from ..files import write_atomically
 
 # %% auto #0
-__all__ = ['LINK', 'HEADING', 'NOTICE', 'CONTENTS', 'seen_from_top', 'fenced', 'output_markdown', 'cell_markdown', 'heading',
-           'contents', 'readme', 'difference', 'main']
+__all__ = ['LINK', 'HEADING', 'VERDICTS', 'RESULTS', 'NOTICE', 'CONTENTS', 'BENCHMARKS', 'seen_from_top', 'fenced',
+           'output_markdown', 'cell_markdown', 'heading', 'contents', 'digits', 'engine_lines', 'goal_lines',
+           'benchmark_markdown', 'measured', 'readme', 'difference', 'main']
 
 # %% ../../nbs/ops/00_readme.ipynb #f57069df
 LINK = re.compile(r"(`[^`]*`)|\]\((?![a-z]+:|#|/)([^)\s]+)\)")
@@ -107,8 +108,76 @@ def contents(
     return "\n".join(rows)
 
 # %% ../../nbs/ops/00_readme.ipynb #909c98fc
+def digits(
+    value: float | None,  # None: not measured
+) -> str:
+    "Three significant digits, thousands apart."
+    return "–" if value is None else f"{float(f'{value:.3g}'):,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+# %% ../../nbs/ops/00_readme.ipynb #4e7d6ffd
+def engine_lines(
+    results: dict[str, Any],  # as `make bench` keeps them
+) -> list[str]:  # a markdown table
+    "The engines on the same work: time, multiple of our kernel's, and how far their equity is from ours."
+    lines = ["| setting | engine | ms | minimum | × kernel | equity differs by | peak MB |", "|---|---|---|---|---|---|---|"]
+    for row in results["peers"]:
+        if "absent" in row:
+            lines.append(f"| {row['setting']} | {row['engine']} | {row['absent']} | | | | |")
+            continue
+        whole, scale = digits(row["whole_ms"]), row["whole_ms"] / row["median_ms"]
+        mark = f" (from {row['bars']:,} bars)" if row["extrapolated"] else ""
+        error = ("" if row["same_equity"] else "other work, ") + f"{row['equity_error']:.0e}"
+        error = "–" if row["engine"] == "kernel" else error
+        cells = (row["setting"], row["engine"], whole + mark, digits(row["min_ms"] * scale), digits(row["times_kernel"]), error,
+                 digits(row["peak_mb"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+# %% ../../nbs/ops/00_readme.ipynb #1cb36cea
+VERDICTS = {True: "met", False: "**missed**", None: "not measured"}
+
+
+def goal_lines(
+    results: dict[str, Any],  # as `make bench` keeps them
+) -> list[str]:  # a markdown table
+    "Every goal with its figure and whether it is met."
+    lines = ["| what | setting | measured | goal | |", "|---|---|---|---|---|"]
+    for line in results["goals"]:
+        measured = "–" if line["measured"] is None else f"{digits(line['measured'])} {line['unit']}"
+        verdict = VERDICTS[line["met"]] + (f" ({line['remark']})" if line["remark"] and line["met"] is not None else "")
+        lines.append(f"| {line['what']} | {line['setting']} | {measured} | {line['goal']} {line['unit']} | {verdict} |")
+    return lines
+
+# %% ../../nbs/ops/00_readme.ipynb #b5adcbdc
+RESULTS = "benchmarks/results/latest.json"  # below the checkout
+
+
+def benchmark_markdown(
+    results: dict[str, Any],  # as `make bench` keeps them
+) -> str:  # markdown
+    "Both tables, headed by the machine, the versions and the size of the work."
+    place, first = results["machine"], results["peers"][0]
+    versions = ", ".join(f"{name} {version}" for name, version in place["packages"].items() if version)
+    host = f"{place['processor']}, {place['cores']} cores, Python {place['python']}, {versions}"
+    busy = f"load {place['load_average']} before and {place['load_average_after']} after"
+    work = f"{first['bars']:,} {first['source']} bars of {first['symbols']} symbols, one thread, medians of processor time"
+    about = f"{work}. {host}; {results['made'][:10]}, {busy}."
+    return "\n".join([about, "", *engine_lines(results), "", *goal_lines(results)])
+
+# %% ../../nbs/ops/00_readme.ipynb #d01a44db
 NOTICE = "<!-- Made from nbs/index.ipynb by `make readme`; edit that notebook. -->"
 CONTENTS = "<!-- notebooks -->"
+BENCHMARKS = "<!-- benchmarks -->"
+
+
+def measured(
+    top: Path,  # the checkout
+) -> str:  # markdown
+    "The tables of the results that are kept in a checkout; raises `DataError` when there are none."
+    path = top / RESULTS
+    if not path.is_file():
+        raise DataError(f"{path} is not there; expected the results that `make bench` keeps. Run it, or take the file from git.")
+    return benchmark_markdown(json.loads(path.read_text(encoding="utf-8")))
 
 
 def readme(
@@ -120,7 +189,9 @@ def readme(
         raise DataError(f"{index} is not there; expected the notebook of the front page. Call this from the top of the checkout.")
     cells = json.loads(index.read_text(encoding="utf-8"))["cells"]
     page = "\n\n".join([NOTICE, *(block for cell in cells for block in cell_markdown(cell, "nbs"))]) + "\n"
-    return page.replace(CONTENTS, contents(top)) if CONTENTS in page else page
+    for mark, table in ((CONTENTS, contents), (BENCHMARKS, measured)):
+        page = page.replace(mark, table(top)) if mark in page else page
+    return page
 
 # %% ../../nbs/ops/00_readme.ipynb #10f27a03
 def difference(

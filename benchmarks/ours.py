@@ -1,0 +1,85 @@
+"""This engine's entries, as the benchmark calls them. The only file here that knows what they are called."""
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+
+from xsmom_nb.backtest.kernel import empty_book, empty_series, run_kernel, trading_rules
+from xsmom_nb.backtest.vector import backtest
+from xsmom_nb.clock import SimulatedClock, timeframe_ms
+from xsmom_nb.config import Config, with_values
+from xsmom_nb.market.panel import Panel
+from xsmom_nb.strategy.core import core_parameters, fresh_memory, history_bars, prepare
+
+BATCH = importlib.util.find_spec("xsmom_nb.backtest.batch") is not None
+FULL_RISK = BATCH
+
+
+def prepared_run(panel: Panel, config: Config, risk: str = "core") -> Callable[[], np.ndarray]:
+    "A call that runs the kernel over arrays prepared here and gives the equity; compiled already."
+    assert risk == "core", "risk: full is not in this kernel yet"
+    parameters, market, rules = core_parameters(config, panel.timeframe), prepare(panel, config), trading_rules(config)
+    rows, n = panel.shape
+
+    def run() -> np.ndarray:
+        series = empty_series(rows, n)._replace(targets=np.zeros((0, n)), weights=np.zeros((0, n)))
+        run_kernel(market, panel.volume, panel.funding, parameters, rules, fresh_memory(market, parameters), empty_book(n),
+                   0, config.backtest.initial_equity, series)  # fmt: skip
+        return series.equity
+
+    run()
+    return run
+
+
+def whole_backtest(panel: Panel, config: Config) -> np.ndarray:
+    "The equity of a whole backtest, with everything that `xsmom backtest` computes."
+    return backtest(panel, config, holdout=True).equity["equity"].to_numpy()
+
+
+def batch_run(panel: Panel, configs: Sequence[Config], risk: str, threads: int) -> Callable[[], np.ndarray]:
+    "A call that runs all configs over arrays prepared here and gives their returns, shape (P, R); compiled already."
+    raise NotImplementedError
+
+
+def live_decision(panel: Panel, config: Config) -> Callable[[], object]:
+    "A call that takes the decision of a panel's last row as the live cycle does, with reasons; an account that holds nothing."
+    from xsmom_nb.decide import decide
+    from xsmom_nb.decision import Memory, Snapshot
+    from xsmom_nb.exchange.recorded import RecordedMarket
+    from xsmom_nb.ports import Account
+
+    now_ms = int(panel.open_time_ms[-1]) + timeframe_ms(panel.timeframe) + 60_000
+    market = RecordedMarket(panel, SimulatedClock(now_ms), config.paper.spread_bps)
+    window = panel.slice(int(panel.open_time_ms[-history_bars(config)]))
+    account = Account(*[Decimal(10_000)] * 3)
+    snapshot = Snapshot(now_ms, window, account, (), (), tuple(market.fetch_tickers()), tuple(market.fetch_instruments()))
+    assert decide(snapshot, Memory(), config).intents, "a decision that orders nothing would be too easy"
+    return lambda: decide(snapshot, Memory(), config)
+
+
+def replayed_hours(panel: Panel, config: Config, hours: int) -> Callable[[], int]:
+    "A call that trades the last hours of a panel through the live cycle on a paper exchange, and says how many it took."
+    from xsmom_nb.live.desk import open_desk
+
+    class Nobody:
+        "A recorder that keeps nothing."
+
+        def record(self, decided: object) -> None:
+            pass
+
+    def run() -> int:
+        with tempfile.TemporaryDirectory() as scratch:
+            places = {"live.state_url": f"sqlite:///{scratch}/state.sqlite", "paper.account_url": f"sqlite:///{scratch}/paper.sqlite",
+                      "live.emergency_stop_file": f"{scratch}/STOP"}  # fmt: skip
+            times = panel.open_time_ms[-hours:] + timeframe_ms(panel.timeframe) + 60_000
+            with open_desk(with_values(config, places), recording=panel, now_ms=int(times[0]), base=Path(scratch)) as desk:
+                for time_ms in times:
+                    desk.clock.set(int(time_ms))
+                    desk.cycle(Nobody())
+        return hours
+
+    return run
