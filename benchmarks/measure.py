@@ -67,11 +67,10 @@ def source() -> str:
 # ── Engines ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def peers(quick: bool, say: Say) -> Rows:
     "All engines on both settings."
-    engines = [name for name in ENGINES if name != "full risk" or ours.FULL_RISK]
     rows: Rows = []
     for setting in SETTINGS:
         work = Work(setting, source=source(), first_rows=1_500 if quick else None)
-        chosen = [name for name in engines if not quick or name not in ("bt", "pandas loop")]
+        chosen = [name for name in ENGINES if not quick or name not in ("bt", "pandas loop")]
         rows += with_ratios(contest(work, chosen, 1 if quick else 7, 0.0 if quick else 0.3, say))
     return rows
 
@@ -94,8 +93,6 @@ def growth(quick: bool, say: Say) -> Rows:
 
 def batch(quick: bool, say: Say) -> Rows:
     "Parameter sets a second, at 1 and 2 threads; each set's returns equal those of a run by itself."
-    if not ours.BATCH:
-        return [{"absent": "the batch kernel is not built yet"}]
     count, rows = (4, 1_500) if quick else (64, ROWS)
     work = Work("defaults, every bar", source=source(), first_rows=rows)
     panel, result = work.panel(), []

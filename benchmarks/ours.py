@@ -1,6 +1,5 @@
 """This engine's entries, as the benchmark calls them. The only file here that knows what they are called."""
 
-import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -8,28 +7,21 @@ from pathlib import Path
 
 import numpy as np
 
-from xsmom_nb.backtest.kernel import empty_book, empty_series, run_kernel, trading_rules
+from xsmom_nb.backtest.batch import run_batch
+from xsmom_nb.backtest.prepared import prepare_run, run_prepared
 from xsmom_nb.backtest.vector import backtest
 from xsmom_nb.clock import SimulatedClock, timeframe_ms
 from xsmom_nb.config import Config, with_values
 from xsmom_nb.market.panel import Panel
-from xsmom_nb.strategy.core import core_parameters, fresh_memory, history_bars, prepare
-
-BATCH = importlib.util.find_spec("xsmom_nb.backtest.batch") is not None
-FULL_RISK = BATCH
-
+from xsmom_nb.strategy.core import history_bars
 
 def prepared_run(panel: Panel, config: Config, risk: str = "core") -> Callable[[], np.ndarray]:
     "A call that runs the kernel over arrays prepared here and gives the equity; compiled already."
-    assert risk == "core", "risk: full is not in this kernel yet"
-    parameters, market, rules = core_parameters(config, panel.timeframe), prepare(panel, config), trading_rules(config)
-    rows, n = panel.shape
+    config = with_values(config, {"backtest.risk": risk})
+    prepared = prepare_run(panel, config)
 
     def run() -> np.ndarray:
-        series = empty_series(rows, n)._replace(targets=np.zeros((0, n)), weights=np.zeros((0, n)))
-        run_kernel(market, panel.volume, panel.funding, parameters, rules, fresh_memory(market, parameters), empty_book(n),
-                   0, config.backtest.initial_equity, series)  # fmt: skip
-        return series.equity
+        return run_prepared(prepared, config, detailed=False)[0].equity
 
     run()
     return run
@@ -42,7 +34,10 @@ def whole_backtest(panel: Panel, config: Config) -> np.ndarray:
 
 def batch_run(panel: Panel, configs: Sequence[Config], risk: str, threads: int) -> Callable[[], np.ndarray]:
     "A call that runs all configs over arrays prepared here and gives their returns, shape (P, R); compiled already."
-    raise NotImplementedError
+    configs = [with_values(config, {"backtest.risk": risk}) for config in configs]
+    prepared = prepare_run(panel, configs[0])
+    run_batch(prepared, configs[:1])
+    return lambda: run_batch(prepared, configs, threads=threads).returns
 
 
 def live_decision(panel: Panel, config: Config) -> Callable[[], object]:

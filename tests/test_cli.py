@@ -172,7 +172,7 @@ def test_wrong_words_are_answered(quick, words, hint):
         ("strategy.k_max=0", "strategy.k_max = 0 (--set): expected a whole number"),
         ("strategy.kappa", "expected section.key=<JSON>"),
         ("filters.breadth.enabled=true", "filters.breadth.enabled = true: not built yet"),
-        ('backtest.risk="full"', "not built yet"),
+        ('carry.enabled=true', "not built yet"),
     ],
 )
 def test_bad_settings_start_nothing(quick, tree, command, setting, said):

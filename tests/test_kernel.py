@@ -1,4 +1,4 @@
-"""The compiled walk against a row at a time, against books kept in coins and cash, and on data that would break a careless one."""
+"""The compiled walk against a row at a time, against books in coins and cash, and on data that would break a careless one."""
 
 from dataclasses import replace
 
@@ -149,7 +149,8 @@ class Ledger:
         remaining = np.array([1.0 if position is None or position.direction * target <= 0 else position.remaining
                               for position, target in zip(self.positions, targets, strict=True)])
         limit = self.config.sizing.max_notional_per_asset / equity
-        wanted = np.clip(targets * stepdown_scale(account_drawdown(self.account, equity), watch.overlays) * remaining, -limit, limit)
+        stepdown = stepdown_scale(account_drawdown(self.account, equity), watch.overlays)
+        wanted = np.clip(targets * stepdown * remaining, -limit, limit)
         verdicts = np.zeros(len(targets), dtype=np.int64)
         shares = self.coins * np.nan_to_num(self.last) / equity
         throttle_row(shares, wanted, self.pauses, self.losses, now_ms, watch.throttle, verdicts)
@@ -176,10 +177,11 @@ CASES = {
     "the source's exits": {},
     "only the catastrophic stop": {"risk.atr_mult_sl": 0, "risk.trail_atr_mult": 0, "risk.breakeven_after_r": 0,
                                    "risk.partial_tp_ladder": []},
-    "wide stops, two rungs": {"risk.atr_mult_sl": 4, "risk.trail_atr_mult": 5, "risk.partial_tp_ladder": [[0.5, 0.3], [1.5, 0.3]]},
+    "wide stops, two rungs": {"risk.atr_mult_sl": 4, "risk.trail_atr_mult": 5,
+                              "risk.partial_tp_ladder": [[0.5, 0.3], [1.5, 0.3]]},
     "tight limits, closing": {"risk.max_daily_loss_pct": 0.3, "risk.max_drawdown_pct": 1.5, "risk.on_kill": "close",
-                              "risk.max_symbol_daily_loss_pct": 0.15, "risk.dd_stepdown.start_pct": 0.2, "risk.dd_stepdown.full_pct": 1.0,
-                              "backtest.hard_kill_resume_days": 2},
+                              "risk.max_symbol_daily_loss_pct": 0.15, "risk.dd_stepdown.start_pct": 0.2,
+                              "risk.dd_stepdown.full_pct": 1.0, "backtest.hard_kill_resume_days": 2},
     "few places": {"throttle.cooldown_after_stop_bars": 12, "execution.trade_rate": 0.4, "risk.max_hold_hours": 30},
 }
 
@@ -271,12 +273,14 @@ def drawn(count: int) -> list[Config]:
     "Configs all over the search space."
     rng = np.random.default_rng(3)
     return [with_values(FULL, {
-        "strategy.signal_power": float(rng.uniform(0.5, 2)), "strategy.lookbacks": [int(L * rng.integers(2, 5)) for L in (1, 2, 4, 8)],
+        "strategy.signal_power": float(rng.uniform(0.5, 2)),
+        "strategy.lookbacks": [int(length * rng.integers(2, 5)) for length in (1, 2, 4, 8)],
         "strategy.lookback_weights": [float(rng.uniform(0.4, 1.6)) ** j for j in range(4)],
         "strategy.vol_lookback": int(rng.integers(12, 60)), "strategy.k_min": 2, "strategy.k_max": int(rng.integers(2, 5)),
         "strategy.kappa": float(rng.uniform(0, 2)), "strategy.entry_zscore_min": float(rng.uniform(0, 0.7)),
         "execution.trade_rate": float(rng.uniform(0.05, 1)), "strategy.max_weight_per_asset": float(rng.uniform(0.08, 0.3)),
-        "execution.rebalance_band": float(rng.uniform(0, 0.08)), "filters.regime.slope_min_bps_per_day": float(rng.uniform(0, 80)),
+        "execution.rebalance_band": float(rng.uniform(0, 0.08)),
+        "filters.regime.slope_min_bps_per_day": float(rng.uniform(0, 80)),
         "sizing.weighting": str(rng.choice(["signal_inverse_vol", "inverse_vol", "equal"])),
         "strategy.rebalance_every_bars": int(rng.choice([1, 2, 4, 8])), "risk.atr_mult_sl": float(rng.choice([0, 3, 8])),
         "risk.trail_atr_mult": float(rng.choice([0, 3, 8])), "risk.breakeven_after_r": float(rng.choice([0, 1])),

@@ -18,7 +18,8 @@ from ..risk.exits import REASONS
 from ..strategy.sums import gross
 
 # %% ../../nbs/backtest/00_books.ipynb #ed850d03
-SIDE, ENTRY_ROW, EXIT_ROW, SYMBOL, REASON, BOUGHT, SOLD, PAID_IN, PAID_OUT, FEES, SLIPPAGE, FUNDING, RISK, LOWEST, HIGHEST = range(15)
+(SIDE, ENTRY_ROW, EXIT_ROW, SYMBOL, REASON, BOUGHT, SOLD, PAID_IN, PAID_OUT, FEES, SLIPPAGE, FUNDING, RISK, LOWEST,
+ HIGHEST) = range(15)
 TRADE_FIELDS = 15
 # BOUGHT and SOLD: coins that entered and left; PAID_IN and PAID_OUT: the same in quote currency · RISK is R, in price, LOWEST and
 # HIGHEST the range of prices while it was held; all three 0 where nobody watches positions

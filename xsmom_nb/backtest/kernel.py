@@ -163,7 +163,8 @@ def _record_row(
     for i in range(book.trades.shape[0]):
         if book.costs[0, i] > 0.0:
             had, price = count, last_close(plan.market.close, t, i)
-            reason = DELISTED if plan.market.runs[t, i] == 0 else REBALANCE if book.leaves[i] == 0 else book.leaves[i]
+            reason = REBALANCE if book.leaves[i] == 0 else book.leaves[i]
+            reason = DELISTED if plan.market.runs[t, i] == 0 else reason
             count = record_fill(
                 book.trades[i], closed, count, i, t, price, book.shares[i] * equity, book.wanted[i] * equity, book.costs[1, i],
                 book.costs[2, i], reason)
@@ -184,7 +185,7 @@ def trade_row(
     watch: Watch,
     closed: np.ndarray,  # finished trades; written
     count: int,  # finished trades so far
-) -> tuple[float, float, float, float, int]:  # turnover (share of equity), fees, slippage, equity (quote currency), finished trades
+) -> tuple[float, float, float, float, int]:  # turnover (share of equity), fees, slippage, equity (in quote currency), trades
     "Trade one row's book and pay for it; the shares become shares of what is left."
     want_row(plan.market, plan.flows, t, targets, rebalancing, equity, plan.rules, book)
     cost_row(plan.market, plan.flows, t, volatility, equity, plan.rules, book)
@@ -257,7 +258,8 @@ def bar_row(
     if restless:
         _measure_volatility(plan, memory, t)
         series.turnover[row], came, series.fees[row], series.slippage[row], count = leave_row(
-            plan.market.close, plan.market.returns[t], plan.flows, t, memory.volatility, equity, book, watch, plan.watch, closed, count)
+            plan.market.close, plan.market.returns[t], plan.flows, t, memory.volatility, equity, book, watch, plan.watch, closed,
+            count)
     equity, dead = mark_row(plan.market, t, equity, came - series.funding[row], book)
     return equity, dead, count
 

@@ -31,7 +31,8 @@ def prepared_keys(
     full = config.backtest.risk == "full"
     return {
         "backtest.risk": config.backtest.risk, "universe.whitelist": universe.whitelist, "universe.banlist": universe.banlist,
-        "filters.order": filters.order, "filters.regime.enabled": filters.regime.enabled, "filters.adx.enabled": filters.adx.enabled,
+        "filters.order": filters.order, "filters.regime.enabled": filters.regime.enabled,
+        "filters.adx.enabled": filters.adx.enabled,
         "filters.regime.ema_len": filters.regime.ema_len, "filters.regime.slope_bars": filters.regime.slope_bars,
         "filters.adx.len": filters.adx.len, "risk.atr_len": full and risk.atr_len, "risk.trail_mode": full and risk.trail_mode,
         "risk.trail_ema": full and risk.trail_mode == "ma_atr" and risk.trail_ema,
@@ -70,8 +71,9 @@ def plan_run(
     "The plan of one backtest; raises `UsageError` naming the setting that needs other arrays."
     for key, wanted in prepared_keys(config).items():
         if wanted != prepared.keys[key]:
-            raise UsageError(f"{key} = {wanted!r}: these arrays were prepared with {prepared.keys[key]!r}; expected one value for all "
-                             "configs that share them; prepare the panel once for each value")
+            raise UsageError(
+                f"{key} = {wanted!r}: these arrays were prepared with {prepared.keys[key]!r}; expected one value for all configs "
+                "that share them; prepare the panel once for each value")
     limits = np.array([REGISTRY[kind].parameters(config) for kind in enabled_filters(config)]).reshape(-1, 2)
     return Plan(
         prepared.market._replace(filter_parameters=limits), prepared.flows,
@@ -95,7 +97,7 @@ def run_prepared(
     end: int | None = None,  # the row after the last; None: all
     detailed: bool = True,  # keep weights, targets and trades
 ) -> tuple[Series, np.ndarray]:  # and the trades, shape (K, TRADE_FIELDS), none where they are not kept
-    "Run one config over rows `first` to `end`, flat at the beginning; raises `DataError` for an equity that is not a number."
+    "Run a config over rows `first` to `end`, flat at the beginning; raises `DataError` for an equity that is not a number."
     rows, n = prepared.shape
     end = rows if end is None else end
     if not 0 <= first < end <= rows:

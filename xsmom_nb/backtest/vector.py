@@ -59,7 +59,8 @@ def _excursions(
     side, quantity, seen = trades[:, SIDE], trades[:, BOUGHT], trades[:, HIGHEST] > 0.0
     entry = trades[:, PAID_IN] / quantity
     pnl = side * (trades[:, PAID_OUT] - trades[:, PAID_IN]) - trades[:, FEES] - trades[:, FUNDING]
-    worst, best = (np.where(side > 0, trades[:, long], trades[:, short]) for long, short in ((LOWEST, HIGHEST), (HIGHEST, LOWEST)))
+    low, high = trades[:, LOWEST], trades[:, HIGHEST]
+    worst, best = np.where(side > 0, low, high), np.where(side > 0, high, low)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {"r_multiple": pnl / (trades[:, RISK] * quantity), "mae": np.maximum(side * (entry - worst) / entry, 0.0),
                  "mfe": np.maximum(side * (best - entry) / entry, 0.0)}

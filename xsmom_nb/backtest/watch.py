@@ -11,7 +11,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .books import DAILY_LOSS, DRAWDOWN, FIRST_EXIT, HIGHEST, LOWEST, RISK, SYMBOL_LOSS, Book, profit, record_fill
+from xsmom_nb.backtest.books import (
+    DAILY_LOSS,
+    DRAWDOWN,
+    FIRST_EXIT,
+    HIGHEST,
+    LOWEST,
+    RISK,
+    SYMBOL_LOSS,
+    Book,
+    profit,
+    record_fill,
+)
 from .flows import Flows
 from ..compiled import stage
 from ..config import Config
@@ -46,7 +57,15 @@ from xsmom_nb.risk.limits import (
     step_account,
 )
 from ..risk.overlays import ODDS_FIELDS, OverlayRules, kelly_row, note_odds, overlaid_row, overlay_rules
-from ..risk.throttle import FREE, PAUSE_FIELDS, ThrottleRules, note_closed_trade, note_stop_out, throttle_row, throttle_rules
+from xsmom_nb.risk.throttle import (
+    FREE,
+    PAUSE_FIELDS,
+    ThrottleRules,
+    note_closed_trade,
+    note_stop_out,
+    throttle_row,
+    throttle_rules,
+)
 
 # %% ../../nbs/backtest/00c_watch.ipynb #4c6aefae
 class WatchRules(NamedTuple):
@@ -221,8 +240,8 @@ def judge_row(
     rules: WatchRules,
 ) -> tuple[int, bool]:  # TRADES, PAUSED or KILLED, and whether anything has to be closed
     "Account and symbols against their limits."
-    verdict, leaving, day_start = step_account(watch.account, equity, now_ms, rules.limits), False, watch.account.fields[DAY_START]
-    every = 0
+    verdict, leaving, every = step_account(watch.account, equity, now_ms, rules.limits), False, 0
+    day_start = watch.account.fields[DAY_START]
     if verdict != TRADES and rules.limits.closes:
         every = DRAWDOWN if verdict == KILLED else DAILY_LOSS
     for i in range(book.shares.size):
