@@ -17,6 +17,9 @@ from ..clock import Clock
 from ..clock import timeframe_ms
 from ..errors import DataError
 from ..errors import nearest_name
+from .frictions import REAL
+from .frictions import Frictions
+from .pieces import Pieces
 from ..market.panel import Panel
 from ..ports import Bar
 from ..ports import FundingRate
@@ -24,8 +27,8 @@ from ..ports import Instrument
 from ..ports import Ticker
 
 # %% auto #0
-__all__ = ['power_of_ten', 'derived_instrument', 'quoted', 'Recording', 'rows_between', 'instruments_at', 'tickers_at',
-           'RecordedMarket']
+__all__ = ['power_of_ten', 'derived_instrument', 'stepless', 'quoted', 'Recording', 'rows_between', 'instruments_at', 'closes_at',
+           'tickers_at', 'RecordedMarket']
 
 # %% ../../nbs/exchange/02_recorded.ipynb #3bdca82b
 def power_of_ten(
@@ -51,6 +54,17 @@ def derived_instrument(
         min_quantity=step, max_limit_quantity=step * 10**8, max_market_quantity=step * 10**7, min_notional=Decimal(5),
         max_leverage=Decimal(100), launch_time_ms=launch_time_ms, funding_interval_minutes=_FUNDING_MINUTES)
 
+# %% ../../nbs/exchange/02_recorded.ipynb #e48987c5
+def stepless(
+    rules: Instrument,
+    price: float,  # of the contract, quote currency
+) -> Instrument:
+    "The same contract with steps so fine that nothing is rounded."
+    leading = Decimal(repr(price)).adjusted()
+    step = power_of_ten(-leading - 10)
+    return replace(rules, price_tick=power_of_ten(leading - 14), quantity_step=step, min_quantity=step, min_notional=Decimal(0),
+                   max_limit_quantity=step * 10**20, max_market_quantity=step * 10**20)
+
 # %% ../../nbs/exchange/02_recorded.ipynb #ee859f91
 def quoted(
     last: Decimal,  # last price
@@ -69,6 +83,7 @@ class Recording:
     def __init__(
         self,
         panel: Panel,
+        frictions: Frictions = REAL,
     ) -> None:
         self.panel = panel
         self.step_ms = timeframe_ms(panel.timeframe)
@@ -83,6 +98,9 @@ class Recording:
             i: derived_instrument(panel.symbols[i], float(panel.close[bars[0], i]), int(panel.open_time_ms[bars[0]]))
             for i, bars in enumerate(self.bars) if bars.size
         }
+        if not frictions.lots:
+            self.instruments = {
+                i: stepless(rules, float(panel.close[self.bars[i][0], i])) for i, rules in self.instruments.items()}
 
     def column(self, symbol: str) -> int:
         "Column of a symbol; raises `DataError`."
@@ -124,20 +142,37 @@ def instruments_at(
     return [replace(rules, status="Closed") if recording.is_over(i, row) else rules for i, rules in listed]
 
 # %% ../../nbs/exchange/02_recorded.ipynb #33503a5d
-def tickers_at(
+def closes_at(
     recording: Recording,
     now_ms: int,  # UTC ms
-    half_spread: Decimal,  # distance of a side from the last price, a fraction of it
-) -> list[Ticker]:  # of the symbols that trade, ascending
-    "Last known closes with a book around them."
-    row, tickers = recording.row_at(now_ms), []
+    pieces: Pieces | None = None,  # of the bars, where there are any
+) -> list[tuple[int, int, float]]:  # column, when that was the price (UTC ms), and the price
+    "The newest known price of each symbol that trades."
+    row, found = recording.row_at(now_ms), []
     newest = recording.newest[min(row, len(recording.newest) - 1)].tolist() if row >= 0 else []
     for i, last_row in enumerate(newest):
         if last_row < 0 or recording.is_over(i, row):
             continue
-        last = Decimal(repr(float(recording.panel.close[last_row, i])))
-        bid, ask = quoted(last, recording.instruments[i].price_tick, half_spread)
+        inside = pieces.last_price(i, now_ms) if pieces else None
+        if inside is not None:
+            found.append((i, now_ms, inside))
+            continue
         time_ms = now_ms if last_row == row else recording.start_ms + (last_row + 1) * recording.step_ms
+        found.append((i, time_ms, float(recording.panel.close[last_row, i])))
+    return found
+
+# %% ../../nbs/exchange/02_recorded.ipynb #56329cae
+def tickers_at(
+    recording: Recording,
+    now_ms: int,  # UTC ms
+    half_spread: Decimal,  # distance of a side from the last price, a fraction of it
+    pieces: Pieces | None = None,  # of the bars, where there are any
+) -> list[Ticker]:  # of the symbols that trade, ascending
+    "Last known closes with a book around them."
+    tickers = []
+    for i, time_ms, price in closes_at(recording, now_ms, pieces):
+        last = Decimal(repr(price))
+        bid, ask = quoted(last, recording.instruments[i].price_tick, half_spread)
         tickers.append(Ticker(recording.panel.symbols[i], time_ms, bid, ask, last, last))
     return tickers
 
@@ -150,11 +185,15 @@ class RecordedMarket:
         panel: Panel,  # the recording, the future included
         clock: Clock,  # what is over by its time can be seen
         spread_bps: float,  # width of the book around the last price, bps
+        inner: Panel | None = None,  # shorter bars of some symbols over some of the time
+        frictions: Frictions = REAL,
     ) -> None:
-        self._recording, self._clock = Recording(panel), clock
+        self._recording, self._clock = Recording(panel, frictions), clock
+        self.pieces = Pieces(panel, inner) if inner is not None and frictions.inner_bars else None
         self._half_spread = Decimal(repr(spread_bps)) / 20_000
         self._instruments: tuple[int, list[Instrument]] = (-1, [])  # of which row
         self._tickers: tuple[int, list[Ticker]] = (-1, [])  # of which time
+        self._marks: tuple[int, dict[str, Decimal]] = (-1, {})  # of which time
 
     def fetch_bars(self, symbol: str, timeframe: str, start_ms: int, limit: int) -> Sequence[Bar]:
         "The first bars that open at or after `start_ms` and are over."
@@ -184,5 +223,13 @@ class RecordedMarket:
         "Last known closes with a book around them, of every symbol that trades."
         now_ms = self._clock.now_ms()
         if self._tickers[0] != now_ms:
-            self._tickers = now_ms, tickers_at(self._recording, now_ms, self._half_spread)
+            self._tickers = now_ms, tickers_at(self._recording, now_ms, self._half_spread, self.pieces)
         return list(self._tickers[1])
+
+    def marks(self) -> dict[str, Decimal]:
+        "The mark of every symbol that trades, as its ticker has it; for those who do not need the book around it."
+        now_ms = self._clock.now_ms()
+        if self._marks[0] != now_ms:
+            closes = closes_at(self._recording, now_ms, self.pieces)
+            self._marks = now_ms, {self._recording.panel.symbols[i]: Decimal(repr(price)) for i, _, price in closes}
+        return self._marks[1]
