@@ -269,6 +269,12 @@ def _crosses(order: Order, depth: Depth) -> bool:
 LATEST_SHARE = 0.1  # of a bar that may be over when an order comes that is to take part in it
 
 
+def _with_mark(holding: Holding, bar: Bar, close_ms: int) -> Holding:
+    "A holding that has seen a bar."
+    mark = Decimal(repr(float(bar.close)))
+    return Holding(holding.quantity, holding.cost, mark, close_ms, holding.next_settlement_ms, holding.stop, holding.stop_ms)
+
+
 def matched(
     books: Books,
     symbol: str,  # with a holding
@@ -293,9 +299,7 @@ def matched(
             step = step.then(_rest(step.books, order, bar, instrument, venue, max(close_ms, reached_ms)))
     if symbol not in step.books.holdings:
         return step
-    held = step.books.holdings[symbol]
-    mark = Decimal(repr(float(bar.close)))
-    seen = Holding(held.quantity, held.cost, mark, close_ms, held.next_settlement_ms, held.stop, held.stop_ms)
+    seen = _with_mark(step.books.holdings[symbol], bar, close_ms)
     return Step(with_holding(step.books, symbol, seen), step.events)
 
 # %% ../../nbs/exchange/01_matching.ipynb #32e96ea7
@@ -389,6 +393,21 @@ def _funding_first(happening: Happening) -> tuple[int, int, str]:
     return time_ms, -1 if rank == 1 else rank, symbol
 
 # %% ../../nbs/exchange/01_matching.ipynb #5229fa57
+def _only_marks(
+    holding: Holding,
+    bar: Bar,
+    venue: Venue,
+    instrument: Instrument | None,
+) -> bool:  # of a symbol in which no order waits
+    "Whether a bar changes nothing of a holding but its mark."
+    if not (0 < bar.low < math.inf and 0 < bar.close < math.inf and 0 < bar.high < math.inf and 0 <= bar.volume < math.inf):
+        return False  # to be looked at, and refused
+    if holding.stop is None or instrument is None:
+        return holding.quantity != 0
+    is_long = holding.quantity > 0
+    return holding.quantity != 0 and math.isnan(stop_fill(is_long, float(holding.stop), bar.open, bar.high, bar.low))
+
+# %% ../../nbs/exchange/01_matching.ipynb #f0ab32ef
 def advanced(
     books: Books,
     happenings: Iterable[Happening],  # in any order
@@ -398,11 +417,18 @@ def advanced(
 ) -> Step:
     "Books after everything that happened since."
     events: list[Event] = []
-    step = Step(books)
+    step, quiet = Step(books), dict[str, Holding]()  # what only marks have changed, not yet in the books
+    busy = {order.symbol for order in books.orders.values()}
     for happening in sorted(happenings, key=_turn if venue.frictions.funding else _funding_first):
         symbol, what = happening.symbol, happening.what
-        if symbol not in step.books.holdings:
+        holding = quiet.get(symbol) or step.books.holdings.get(symbol)
+        if holding is None:
             continue
+        if isinstance(what, Bar) and symbol not in busy and _only_marks(holding, what, venue, instruments.get(symbol)):
+            quiet[symbol] = _with_mark(holding, what, happening.time_ms)
+            continue
+        if quiet:
+            step, quiet = Step(replace(step.books, holdings={**step.books.holdings, **quiet})), {}
         if isinstance(what, Bar):
             length_ms = happening.time_ms - what.open_time_ms
             step = matched(step.books, symbol, what, instruments.get(symbol), venue, reached_ms, length_ms)
@@ -411,4 +437,4 @@ def advanced(
         else:
             step = delisted(step.books, symbol, venue, max(happening.time_ms, reached_ms))
         events += step.events
-    return Step(step.books, tuple(events))
+    return Step(replace(step.books, holdings={**step.books.holdings, **quiet}) if quiet else step.books, tuple(events))

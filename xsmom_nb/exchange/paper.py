@@ -244,12 +244,14 @@ def _open_account(
 # %% ../../nbs/exchange/03_paper.ipynb #f234c575
 def marks_of(
     market: QuotePort,
+    symbols: Iterable[str],  # a symbol without a price is left out
 ) -> dict[str, Decimal]:  # by symbol
-    "The mark of every symbol that trades."
+    "The marks of symbols."
     if known := getattr(market, "marks", None):
-        marks: dict[str, Decimal] = known()
+        marks: dict[str, Decimal] = known(symbols)
         return marks
-    return {ticker.symbol: ticker.mark for ticker in market.fetch_tickers()}
+    tickers = {ticker.symbol: ticker.mark for ticker in market.fetch_tickers()}
+    return {symbol: tickers[symbol] for symbol in symbols if symbol in tickers}
 
 # %% ../../nbs/exchange/03_paper.ipynb #b7bd80e7
 def met(
@@ -281,7 +283,7 @@ def placing(
 ) -> Action:
     "Admit an order and match it, or refuse it."
     instrument, ticker, depth = met(market, request, config, now_ms, venue.frictions.queue)
-    marks = marks_of(market)
+    marks = marks_of(market, [each.symbol for each in market.fetch_instruments()])
 
     def place(connection: Connection, books: Books, now_ms: int) -> tuple[Step, Submission]:
         known = is_known(connection, request.link_id)
@@ -316,7 +318,7 @@ def stopping(
     market: QuotePort,
 ) -> Action:
     "Set the stop of a position."
-    mark = marks_of(market).get(symbol)
+    mark = marks_of(market, [symbol]).get(symbol)
 
     def set_stop(connection: Connection, books: Books, now_ms: int) -> tuple[Step, Submission]:
         holding = books.holdings.get(symbol)
@@ -440,7 +442,7 @@ class PaperExchange(PassedThrough):
 
     def _marked(self) -> Books:
         books = self._account.ask(lambda _, books: books)
-        return marked(books, marks_of(self._market)) if books.holdings else books
+        return marked(books, marks_of(self._market, books.holdings)) if books.holdings else books
 
     def close(self) -> None:
         "Close the account's file."

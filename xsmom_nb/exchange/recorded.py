@@ -5,6 +5,7 @@
 # %% ../../nbs/exchange/02_recorded.ipynb #a9cd4f74
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import ROUND_CEILING
@@ -92,6 +93,7 @@ class Recording:
         known = np.isfinite(panel.close)
         rows = np.arange(panel.shape[0], dtype=np.int32)
         self.bars = [np.flatnonzero(column) for column in known.T]  # rows that have a bar
+        self._last_rows = [int(bars[-1]) if bars.size else -1 for bars in self.bars]
         self.settled = [np.flatnonzero(column) for column in panel.funding.T]  # rows in which funding was settled
         self.newest = np.maximum.accumulate(np.where(known, rows[:, None], np.int32(-1)), axis=0)  # (T, N): last row with a bar
         self.instruments = {
@@ -115,7 +117,7 @@ class Recording:
 
     def is_over(self, column: int, row: int) -> bool:
         "Whether a symbol's bars have ended before `row` while those of others go on."
-        last_row = int(self.bars[column][-1])
+        last_row = self._last_rows[column]
         return last_row < row and last_row < self.panel.shape[0] - 1
 
 # %% ../../nbs/exchange/02_recorded.ipynb #bff6c11b
@@ -128,8 +130,7 @@ def rows_between(
 ) -> np.ndarray:  # int64
     "The first rows that open at or after `start_ms`."
     first_row = -((recording.start_ms - start_ms) // recording.step_ms)  # rounded up
-    first = int(np.searchsorted(rows, first_row))
-    end = int(np.searchsorted(rows, recording.row_at(now_ms), side="right"))
+    first, end = int(rows.searchsorted(first_row)), int(rows.searchsorted(recording.row_at(now_ms), side="right"))
     return rows[first : min(first + max(limit, 0), end)]
 
 # %% ../../nbs/exchange/02_recorded.ipynb #2e5af3e7
@@ -146,11 +147,15 @@ def closes_at(
     recording: Recording,
     now_ms: int,  # UTC ms
     pieces: Pieces | None = None,  # of the bars, where there are any
+    columns: Sequence[int] | None = None,  # of which symbols; None: of all
 ) -> list[tuple[int, int, float]]:  # column, when that was the price (UTC ms), and the price
     "The newest known price of each symbol that trades."
-    row, found = recording.row_at(now_ms), []
-    newest = recording.newest[min(row, len(recording.newest) - 1)].tolist() if row >= 0 else []
-    for i, last_row in enumerate(newest):
+    row, found = recording.row_at(now_ms), list[tuple[int, int, float]]()
+    if row < 0:
+        return found
+    newest = recording.newest[min(row, len(recording.newest) - 1)]
+    for i in columns if columns is not None else range(len(newest)):
+        last_row = int(newest[i])
         if last_row < 0 or recording.is_over(i, row):
             continue
         inside = pieces.last_price(i, now_ms) if pieces else None
@@ -193,7 +198,6 @@ class RecordedMarket:
         self._half_spread = Decimal(repr(spread_bps)) / 20_000
         self._instruments: tuple[int, list[Instrument]] = (-1, [])  # of which row
         self._tickers: tuple[int, list[Ticker]] = (-1, [])  # of which time
-        self._marks: tuple[int, dict[str, Decimal]] = (-1, {})  # of which time
 
     def fetch_bars(self, symbol: str, timeframe: str, start_ms: int, limit: int) -> Sequence[Bar]:
         "The first bars that open at or after `start_ms` and are over."
@@ -202,6 +206,10 @@ class RecordedMarket:
             raise DataError(f"{symbol}: bars of {timeframe} were not recorded; expected {panel.timeframe}")
         i = recording.column(symbol)
         rows = rows_between(recording, recording.bars[i], start_ms, self._clock.now_ms(), limit)
+        if len(rows) == 1:  # what a live cycle asks for
+            row = int(rows[0])
+            one = (float(field[row, i]) for field in (panel.open, panel.high, panel.low, panel.close, panel.volume))
+            return [Bar(int(panel.open_time_ms[row]), *one)]
         values = [field[rows, i].tolist() for field in (panel.open, panel.high, panel.low, panel.close, panel.volume)]
         return list(map(Bar, panel.open_time_ms[rows].tolist(), *values))
 
@@ -210,6 +218,8 @@ class RecordedMarket:
         recording, panel = self._recording, self._recording.panel
         i = recording.column(symbol)
         rows = rows_between(recording, recording.settled[i], start_ms - recording.step_ms, self._clock.now_ms(), limit)
+        if not len(rows):
+            return []
         return list(map(FundingRate, (panel.open_time_ms[rows] + recording.step_ms).tolist(), panel.funding[rows, i].tolist()))
 
     def fetch_instruments(self) -> Sequence[Instrument]:
@@ -226,10 +236,12 @@ class RecordedMarket:
             self._tickers = now_ms, tickers_at(self._recording, now_ms, self._half_spread, self.pieces)
         return list(self._tickers[1])
 
-    def marks(self) -> dict[str, Decimal]:
-        "The mark of every symbol that trades, as its ticker has it; for those who do not need the book around it."
-        now_ms = self._clock.now_ms()
-        if self._marks[0] != now_ms:
-            closes = closes_at(self._recording, now_ms, self.pieces)
-            self._marks = now_ms, {self._recording.panel.symbols[i]: Decimal(repr(price)) for i, _, price in closes}
-        return self._marks[1]
+    def marks(
+        self,
+        symbols: Iterable[str],
+    ) -> dict[str, Decimal]:  # of those among them that trade
+        "The marks of some symbols, as their tickers have them; for those who do not need the books around them."
+        recording, now_ms = self._recording, self._clock.now_ms()
+        columns = [recording.columns[symbol] for symbol in symbols if symbol in recording.columns]
+        closes = closes_at(recording, now_ms, self.pieces, columns)
+        return {recording.panel.symbols[i]: Decimal(repr(price)) for i, _, price in closes}
