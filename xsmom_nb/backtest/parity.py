@@ -97,8 +97,8 @@ def _account_final(
     inside = account[(account.index >= first) & (account.index < last)]
     if len(inside) < 2:
         between = f"{format_utc(result.window.start_ms)} and {format_utc(result.window.end_ms)}"
-        raise DataError(f"parity: the account has {len(inside)} points of equity between {between}; expected one an hour: choose a "
-                        "window in which it traded")
+        raise DataError(f"parity: the account has {len(inside)} points of equity between {between}; expected one an hour: "
+                        "choose a window in which it traded")
     begun = float(result.equity["equity"].iloc[0])
     return float(begun * inside.iloc[-1] / inside.iloc[0])
 
