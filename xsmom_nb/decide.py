@@ -13,20 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from .clock import DAY_MS, format_utc, last_closed_open_ms, timeframe_ms
+from .clock import DAY_MS, bars_per_day, format_utc, last_closed_open_ms, timeframe_ms
 from .config import Config
 from .decision import Aim, Card, DayOfEquity, Decision, Memory, Snapshot, Verdict
 from .errors import DataError, RefusedError
 from .execution.plan import Plan, aim_for, plan_orders, quantity_for
+from .market.panel import Panel
 from .ports import Instrument, Position, Ticker
+from .risk.brakes import RowFacts, RowRisk, judge_row
 from .risk.overlays import wanted_share
+from .risk.tracking import Yardstick, risk_rules
 from .strategy.core import Market, Parameters, history_bars
+from .strategy.filters import regime_slope
+from .strategy.indicators import atr, ema
 from .strategy.trace import CoreRow, outside, trace_row
 from .strategy.turnover import is_rebalance_row
 
 # %% auto #0
-__all__ = ['FEWEST_BARS', 'MOST_APART', 'DAYS_REMEMBERED', 'NO_BARS', 'require_sound', 'Facts', 'gather_facts', 'wanted_quantity',
-           'remember_equity', 'takes_risk', 'decide']
+__all__ = ['FEWEST_BARS', 'MOST_APART', 'FORGETS', 'DAYS_REMEMBERED', 'NO_BARS', 'require_sound', 'Facts', 'gather_facts',
+           'yardsticks_of', 'takes_risk', 'wanted_quantity', 'remember_equity', 'decide']
 
 # %% ../nbs/51_decide.ipynb #4b4f2bab
 FEWEST_BARS = 0.75  # share of the symbols of the last two bars that must have the newest one
@@ -133,9 +138,57 @@ def gather_facts(
     return facts
 
 # %% ../nbs/51_decide.ipynb #84c839cd
+FORGETS = 30  # lengths of Wilder's average after which it has forgotten its seed
+
+
+def yardsticks_of(
+    panel: Panel,
+    config: Config,
+) -> dict[str, Yardstick]:  # by symbol
+    "ATR, slope and average of each symbol at the last row."
+    risk, regime, unknown = config.risk, config.filters.regime, np.full(panel.shape[1], np.nan)
+    recent = slice(-FORGETS * risk.atr_len, None)
+    pace = atr(panel.high[recent], panel.low[recent], panel.close[recent], risk.atr_len)[-1]
+    slope = average = unknown
+    if risk.regime_flip.enabled:
+        slope = regime_slope(panel.close, regime.ema_len, regime.slope_bars, bars_per_day(panel.timeframe))[-1]
+    if risk.trail_mode == "ma_atr":
+        average = ema(panel.close, risk.trail_ema)[-1]
+    columns = zip(panel.symbols, pace, slope, average, strict=True)
+    return {symbol: Yardstick(*map(_number, measures)) for symbol, *measures in columns}
+
+
+def _number(value: float) -> float | None:
+    "A plain number, or None where it is not finite."
+    return float(value) if math.isfinite(value) else None
+
+# %% ../nbs/51_decide.ipynb #34617276
+def _risk_of_row(
+    facts: Mapping[str, Facts],
+    row: CoreRow,
+    market: Market,
+    snapshot: Snapshot,
+    memory: Memory,
+    rebalances: bool,
+    config: Config,
+) -> RowRisk:
+    "What the account and its past allow in this row."
+    equity, symbols = float(snapshot.account.equity), snapshot.panel.symbols
+    prices = {symbol: float(each.ticker.mark) for symbol, each in facts.items() if each.ticker is not None}
+    worth = np.array([prices.get(symbol, 0.0) / equity for symbol in symbols])
+    current = worth * np.array([float(facts[symbol].held) for symbol in symbols])
+    aims = [memory.unfinished[symbol].wanted if symbol in memory.unfinished else facts[symbol].held for symbol in symbols]
+    targets = row.weights if rebalances else worth * np.array([float(aim) for aim in aims])
+    close_ms = snapshot.row_ms + timeframe_ms(snapshot.panel.timeframe)
+    asked = RowFacts(symbols, snapshot.time_ms, close_ms, equity, current, targets, market.day_volume[-1], prices)
+    days = [(day.day_ms, float(day.start), float(day.high)) for day in memory.days]
+    return judge_row(asked, days, memory.risk, memory.brakes, risk_rules(config, memory.brakes.resume_days))
+
+# %% ../nbs/51_decide.ipynb #33fbf82a
 def _rebalanced(
     facts: Facts,  # of a symbol without trouble
     row: CoreRow,
+    risk: RowRisk,
     volume: float,  # of the last bar, base units
     equity: Decimal,
     config: Config,
@@ -146,15 +199,16 @@ def _rebalanced(
     assert facts.instrument is not None
     if not volume > 0.0:
         return facts.held, "no order: nothing was traded in its last bar"
-    current, target = float(facts.held * facts.ticker.mark / equity), float(row.weights[facts.column])
-    share = wanted_share(current, target, float(equity), row.may_enter, config.sizing.max_notional_per_asset,
+    i, current = facts.column, float(facts.held * facts.ticker.mark / equity)
+    may_enter = row.may_enter and bool(risk.may_enter[i])
+    share = wanted_share(current, float(risk.targets[i]), float(equity), may_enter, float(risk.largest[i]),
                          config.execution.trade_rate, config.execution.rebalance_band)
     if share == current:
-        return facts.held, _why_unchanged(current, row, facts.column, config)
+        return facts.held, _why_unchanged(current, row, risk, i, config)
     quantity = quantity_for(share, equity, facts.ticker.mark, facts.instrument)
     return quantity, f"no order: {share:.3%} of equity is {quantity} in whole steps, which is what is held"
 
-# %% ../nbs/51_decide.ipynb #73355828
+# %% ../nbs/51_decide.ipynb #67964797
 def _why_no_target(
     row: CoreRow,
     i: int,  # column
@@ -174,15 +228,18 @@ def _why_no_target(
 def _why_unchanged(
     current: float,  # share of equity held
     row: CoreRow,
+    risk: RowRisk,
     i: int,  # column
     config: Config,
 ) -> str:
     "Why a rebalance row leaves a symbol as it is."
-    target = float(row.weights[i])
-    if target == 0.0 and current == 0.0:
+    target = float(risk.targets[i])
+    if row.weights[i] == 0.0 and current == 0.0:
         return f"not wanted: {_why_no_target(row, i)}"
     if not row.may_enter and abs(target) > abs(current):
         return f"no order: the filters allow no new entries (holds {current:.2%}, target {target:.2%})"
+    if not risk.may_enter[i] and abs(target) > abs(current):
+        return f"no order: {risk.said[i][-1]} (holds {current:.2%}, target {target:.2%})"
     band = config.execution.rebalance_band
     return f"no order: holds {current:.2%} of equity, target {target:.2%}, closer than the band of {band:.2%}"
 
@@ -190,21 +247,52 @@ def _why_unchanged(
 def _continued(
     facts: Facts,  # of a symbol without trouble
     aim: Aim,
+    largest_notional: float,  # that risk allows, quote currency
     equity: Decimal,
     config: Config,
 ) -> Decimal:  # signed quantity
     "What an unfilled order still leads to."
     assert facts.ticker is not None
     assert facts.instrument is not None
-    weight = min(config.strategy.max_weight_per_asset, config.sizing.max_notional_per_asset / float(equity))
+    weight = min(config.strategy.max_weight_per_asset, largest_notional / float(equity))
     drifted = abs(facts.held) if facts.held * aim.wanted > 0 else Decimal(0)
     largest = max(quantity_for(weight, equity, facts.ticker.mark, facts.instrument), drifted)
     return aim_for(min(abs(aim.wanted), largest).copy_sign(aim.wanted), facts.ticker.mark, facts.instrument)
 
-# %% ../nbs/51_decide.ipynb #23fd293b
+# %% ../nbs/51_decide.ipynb #e00fccd8
+def takes_risk(
+    held: Decimal,  # signed quantity
+    wanted: Decimal,  # signed quantity
+) -> bool:
+    "Whether going from one to the other enlarges a position, or turns it around."
+    return held * wanted < 0 or abs(wanted) > abs(held)
+
+# %% ../nbs/51_decide.ipynb #4d1fc220
+def _aimed(
+    facts: Facts,  # of a symbol without trouble, with bars
+    aim: Aim,
+    risk: RowRisk,
+    memory: Memory,
+    equity: Decimal,
+    config: Config,
+) -> tuple[Decimal, str]:  # signed quantity, and what is to be said when it is no change
+    "What a symbol is to hold between rebalances, where something has not been reached yet."
+    assert facts.column is not None
+    tracked = memory.risk.symbols.get(facts.symbol)
+    if tracked is not None and (tracked.exited_ms or 0) > (memory.decided_ms or 0):
+        return facts.held, f"left as it is: an exit acted on its way to {aim.wanted}"
+    if not aim.continues(facts.held):
+        change = f"{aim.held} was on its way to {aim.wanted}, and somebody else changed it to {facts.held}"
+        return facts.held, f"left as it is: {change}"
+    if takes_risk(facts.held, aim.wanted) and not risk.may_enter[facts.column]:
+        return facts.held, f"given up on its way to {aim.wanted}: {risk.said[facts.column][-1]}"
+    return _continued(facts, aim, float(risk.largest[facts.column]), equity, config), "between rebalances"
+
+# %% ../nbs/51_decide.ipynb #88f14b76
 def wanted_quantity(
     facts: Facts,
     row: CoreRow,
+    risk: RowRisk,
     snapshot: Snapshot,
     memory: Memory,
     rebalances: bool,
@@ -215,15 +303,18 @@ def wanted_quantity(
         return facts.held, f"left as it is: {facts.trouble}"
     if facts.is_delisted:
         return Decimal(0), "not traded any more"
-    if rebalances and facts.column is not None:
-        return _rebalanced(facts, row, float(snapshot.panel.volume[-1, facts.column]), snapshot.account.equity, config)
+    tracked = memory.risk.symbols.get(facts.symbol)
+    if tracked is not None and tracked.leaving is not None:
+        return facts.held, f"left to the guard: {tracked.leaving.reason}, down to {tracked.leaving.down_to}"
+    assert facts.column is not None
+    if facts.held and risk.closes[facts.column]:
+        return Decimal(0), f"closed: {'; '.join(risk.said[facts.column][-1:])}"
+    if rebalances:
+        return _rebalanced(facts, row, risk, float(snapshot.panel.volume[-1, facts.column]), snapshot.account.equity, config)
     aim = memory.unfinished.get(facts.symbol)
     if aim is None:
         return facts.held, "between rebalances" if facts.held else "between rebalances, not held"
-    if not aim.continues(facts.held):
-        change = f"{aim.held} was on its way to {aim.wanted}, and somebody else changed it to {facts.held}"
-        return facts.held, f"left as it is: {change}"
-    return _continued(facts, aim, snapshot.account.equity, config), "between rebalances"
+    return _aimed(facts, aim, risk, memory, snapshot.account.equity, config)
 
 # %% ../nbs/51_decide.ipynb #2d5be5db
 DAYS_REMEMBERED = 30
@@ -241,11 +332,6 @@ def remember_equity(
     return (*kept, DayOfEquity(day_ms, today.start, max(today.high, equity), equity))
 
 # %% ../nbs/51_decide.ipynb #ac1a0fa8
-def _number(value: float) -> float | None:
-    "A plain number, or None where it is not finite."
-    return float(value) if math.isfinite(value) else None
-
-
 def _verdicts(row: CoreRow, i: int) -> tuple[Verdict, ...]:
     "What the filters said about one column."
     return tuple(
@@ -287,6 +373,8 @@ def _cards(
     row: CoreRow,
     market: Market,
     parameters: Parameters,
+    risk: RowRisk,
+    rebalances: bool,
     wanted: Mapping[str, tuple[Decimal, str]],
     plan: Plan,
     equity: Decimal,
@@ -297,8 +385,10 @@ def _cards(
         scores = NO_BARS if each.column is None else _scores(row, market, parameters, each.column)
         quantity, remark = wanted[symbol]
         weight = float(each.held * each.ticker.mark / equity) if each.ticker is not None else None
+        overlaid = float(risk.targets[each.column]) if rebalances and each.column is not None else 0.0
         cards.append(Card(symbol=symbol, **scores, held=each.held, held_weight=weight, wanted=quantity,
-                          outcome=plan.notes.get(symbol, remark)))
+                          outcome=plan.notes.get(symbol, remark), overlaid=overlaid,
+                          risk=() if each.column is None else risk.said[each.column]))
     return tuple(cards)
 
 # %% ../nbs/51_decide.ipynb #6a5d6a9b
@@ -306,12 +396,14 @@ def _notices(
     snapshot: Snapshot,
     facts: Mapping[str, Facts],
     wanted: Mapping[str, tuple[Decimal, str]],
+    risk: RowRisk,
     memory: Memory,
     config: Config,
 ) -> tuple[str, ...]:
     "One sentence for each thing that is not as it should be."
-    said = [f"{symbol}: {wanted[symbol][1]}, position {each.held}" for symbol, each in facts.items()
-            if each.held and wanted[symbol][1].startswith("left as it is")]
+    said = list(risk.notices)
+    said += [f"{symbol}: {wanted[symbol][1]}, position {each.held}" for symbol, each in facts.items()
+             if each.held and wanted[symbol][1].startswith(("left as it is", "closed: "))]
     absent = [symbol for symbol, each in facts.items() if each.trouble == "its bar is missing" and not each.held]
     if absent:
         said.append(f"bars of {format_utc(snapshot.row_ms)} are missing: {', '.join(absent)}; no entry there")
@@ -322,29 +414,25 @@ def _notices(
         said.append(f"{rows:,} bars of history, {needed:,} are needed until the averages have forgotten how they began")
     return tuple(said)
 
-# %% ../nbs/51_decide.ipynb #e00fccd8
-def takes_risk(
-    held: Decimal,  # signed quantity
-    wanted: Decimal,  # signed quantity
-) -> bool:
-    "Whether going from one to the other enlarges a position, or turns it around."
-    return held * wanted < 0 or abs(wanted) > abs(held)
-
-# %% ../nbs/51_decide.ipynb #4d1fc220
+# %% ../nbs/51_decide.ipynb #789f0776
 def _memory_after(
     memory: Memory,
     snapshot: Snapshot,
     facts: Mapping[str, Facts],
     wanted: Mapping[str, tuple[Decimal, str]],
+    risk: RowRisk,
     rebalances: bool,
+    config: Config,
 ) -> Memory:
     "What is remembered for the next decision."
     unseen = {symbol: aim for symbol, aim in memory.unfinished.items() if symbol in facts and facts[symbol].trouble is not None}
     kept = {symbol: aim for symbol, aim in unseen.items() if not (rebalances and takes_risk(facts[symbol].held, aim.wanted))}
     aims = {symbol: Aim(wanted[symbol][0], each.held) for symbol, each in facts.items() if wanted[symbol][0] != each.held}
+    days = () if risk.restarts else memory.days
     return Memory(
-        last_row_ms=snapshot.row_ms, unfinished=dict(sorted({**kept, **aims}.items())),
-        days=remember_equity(memory.days, snapshot.time_ms, snapshot.account.equity))
+        last_row_ms=snapshot.row_ms, decided_ms=snapshot.time_ms, unfinished=dict(sorted({**kept, **aims}.items())),
+        days=remember_equity(days, snapshot.time_ms, snapshot.account.equity), brakes=risk.brakes,
+        yardsticks=yardsticks_of(snapshot.panel, config), risk=memory.risk)
 
 # %% ../nbs/51_decide.ipynb #d0ecda9f
 def decide(
@@ -358,7 +446,8 @@ def decide(
     row, market, parameters = trace_row(snapshot.panel, config)
     rebalances = bool(is_rebalance_row(
         int(market.bar_number[-1]), config.strategy.rebalance_every_bars, config.strategy.rebalance_offset_bars))
-    wanted = {symbol: wanted_quantity(each, row, snapshot, memory, rebalances, config) for symbol, each in facts.items()}
+    risk = _risk_of_row(facts, row, market, snapshot, memory, rebalances, config)
+    wanted = {symbol: wanted_quantity(each, row, risk, snapshot, memory, rebalances, config) for symbol, each in facts.items()}
     changes = {symbol: quantity for symbol, (quantity, _) in wanted.items() if quantity != facts[symbol].held}
     tickers = {symbol: each.ticker for symbol, each in facts.items() if each.ticker is not None}
     instruments = {symbol: each.instrument for symbol, each in facts.items() if each.instrument is not None}
@@ -368,6 +457,6 @@ def decide(
         row_ms=snapshot.row_ms, time_ms=snapshot.time_ms, rebalances=rebalances, may_enter=row.may_enter,
         names_per_side=row.names_per_side, dispersion=_number(row.dispersion), equity=equity,
         targets={symbol: float(weight) for symbol, weight in zip(snapshot.panel.symbols, row.weights, strict=True)},
-        intents=plan.intents, memory=_memory_after(memory, snapshot, facts, wanted, rebalances),
-        cards=_cards(facts, row, market, parameters, wanted, plan, equity),
-        notices=_notices(snapshot, facts, wanted, memory, config))
+        intents=plan.intents, memory=_memory_after(memory, snapshot, facts, wanted, risk, rebalances, config),
+        cards=_cards(facts, row, market, parameters, risk, rebalances, wanted, plan, equity),
+        notices=_notices(snapshot, facts, wanted, risk, memory, config))

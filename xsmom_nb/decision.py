@@ -18,6 +18,8 @@ from .execution.intents import Intent
 from .files import canonical_json
 from .market.panel import Panel
 from .ports import Account, Instrument, Order, Position, Ticker
+from .risk.brakes import Brakes
+from .risk.tracking import RiskMemory, Yardstick
 
 # %% auto #0
 __all__ = ['Snapshot', 'DayOfEquity', 'Aim', 'Memory', 'Verdict', 'Card', 'Decision', 'Decided', 'as_json', 'from_json',
@@ -74,6 +76,10 @@ class Memory:
     last_row_ms: int | None = None  # open time of the last row decided; None: nothing was decided yet
     unfinished: Mapping[str, Aim] = field(default_factory=dict)  # by symbol, what has not been reached yet
     days: tuple[DayOfEquity, ...] = ()  # of the last 30 days, ascending
+    brakes: Brakes = field(default_factory=Brakes)  # limits that were reached
+    yardsticks: Mapping[str, Yardstick] = field(default_factory=dict)  # by symbol, of the last row decided
+    risk: RiskMemory = field(default_factory=RiskMemory)  # what fills and prices have left
+    decided_ms: int | None = None  # when the last row was decided, UTC ms
 
 # %% ../nbs/50_decision.ipynb #d7227134
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ class Card:
     held_weight: float | None  # the same as a share of equity; None without a price
     wanted: Decimal  # signed quantity that the orders aim at
     outcome: str  # the order, or why there is none
+    overlaid: float = 0.0  # the target after the overlays, share of equity; 0 also where this row does not rebalance
+    risk: tuple[str, ...] = ()  # which rules about risk acted on it
 
 # %% ../nbs/50_decision.ipynb #e14fd286
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def as_json(
-    record: Memory | Decision,
+    record: Memory | Decision | RiskMemory,
 ) -> dict[str, Any]:  # plain JSON
     "A record as JSON."
     kind: Any = type(record)
@@ -153,7 +161,7 @@ def as_json(
 
 # %% ../nbs/50_decision.ipynb #f641bd4f
 def from_json(
-    kind: Any,  # Memory or Decision
+    kind: Any,  # Memory, Decision or RiskMemory
     content: Mapping[str, Any],  # as `as_json` gives it
 ) -> Any:
     "Read a record back; raises `DataError` naming the field that does not fit."

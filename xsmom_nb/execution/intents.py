@@ -13,25 +13,41 @@ from typing import Literal
 from ..ports import OrderRequest
 
 # %% auto #0
-__all__ = ['Leg', 'LONGEST_SYMBOL', 'link_id', 'has_our_name', 'Intent']
+__all__ = ['Leg', 'LONGEST_SYMBOL', 'EXIT', 'link_id', 'exit_id', 'has_our_name', 'Intent']
 
 # %% ../../nbs/execution/00_intents.ipynb #199bbe8c
 Leg = Literal["open", "increase", "decrease", "close"]  # what an order does to the position
 LONGEST_SYMBOL = 22  # characters of a symbol that fit into a link id
 
 
+def _short(symbol: str) -> str:
+    "A symbol as it stands in a name."
+    if len(symbol) <= LONGEST_SYMBOL:
+        return symbol
+    return symbol[: LONGEST_SYMBOL - 8] + hashlib.sha256(symbol.encode()).hexdigest()[:8]
+
+# %% ../../nbs/execution/00_intents.ipynb #9e14afa7
 def link_id(
     row_ms: int,  # open time of the bar whose close is decided, UTC ms
     symbol: str,
     leg: Leg,
 ) -> str:  # at most 36 characters
     "The name of the order that one decision takes in one symbol."
-    if len(symbol) > LONGEST_SYMBOL:
-        symbol = symbol[: LONGEST_SYMBOL - 8] + hashlib.sha256(symbol.encode()).hexdigest()[:8]
-    return f"{row_ms // 60_000:x}-{symbol}-{'in' if leg in ('open', 'increase') else 'out'}"
+    return f"{row_ms // 60_000:x}-{_short(symbol)}-{'in' if leg in ('open', 'increase') else 'out'}"
+
+# %% ../../nbs/execution/00_intents.ipynb #ebd4ec96
+EXIT = "-exit"  # how the names of the guard's orders end
+
+
+def exit_id(
+    time_ms: int,  # when it is made, UTC ms
+    symbol: str,
+) -> str:  # at most 36 characters
+    "The name of an order by which the guard leaves a position."
+    return f"{time_ms // 1000:x}-{_short(symbol)}{EXIT}"
 
 # %% ../../nbs/execution/00_intents.ipynb #9396a046
-_OUR_NAME = re.compile(r"[0-9a-f]{1,8}-[A-Za-z0-9_]+-(in|out)")
+_OUR_NAME = re.compile(r"[0-9a-f]{1,8}-[A-Za-z0-9_]+-(in|out|exit)")
 
 
 def has_our_name(

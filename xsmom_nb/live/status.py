@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 
 from ..config import Config
 from ..database import open_database, sql
-from ..decision import Memory, from_json
+from ..decision import Memory
 from ..errors import StateError
 from ..exchange.account_file import MIGRATIONS, load_account, readable
 from ..exchange.books import account_of, positions_of
 from ..execution.journal import Entry, Held, held_of, held_quantities, unfinished_intents
 from ..lease import Lease, read_leases
-from .cycle import MEMORY
+from .memory import recall_in
 from ..outbox import Event, Heartbeat, heartbeats, undelivered
 from ..ports import Account, Order, Position
-from ..state import State, load_memory
+from ..state import State
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,11 +85,10 @@ def read_standing(
 ) -> Standing:
     "Read what the state says of the trader; raises `DataError` and `StateError` for what cannot be read."
     with state.read() as connection:
-        kept = load_memory(connection, MEMORY)
         time_ms, equity, wallet = _equity_of(connection)
         return Standing(
             location=state.location, time_ms=time_ms, equity=equity, wallet_balance=wallet,
-            memory=Memory() if kept is None else from_json(Memory, kept),
+            memory=recall_in(connection, state),
             positions={symbol: held_of(connection, symbol) for symbol in held_quantities(connection)},
             intents=tuple(unfinished_intents(connection)), heartbeats=tuple(heartbeats(connection)),
             leases=tuple(read_leases(connection)), events=tuple(undelivered(connection)))

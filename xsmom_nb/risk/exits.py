@@ -20,6 +20,7 @@ import numpy as np
 from ..compiled import njit
 from ..config import Config
 from ..exchange.fills import stop_fill
+from ..ports import Bar
 
 # %% ../../nbs/risk/01_exits.ipynb #5bedf260
 EXTREME, MA_ATR = 0, 1
@@ -366,6 +367,7 @@ class Tick:
     close: float
     average: float | None = None  # EMA of the strategy's closes, where `trail_mode: ma_atr` needs it
     slope: float | None = None  # regime slope, only where a bar of the strategy has closed
+    since_ms: int | None = None  # when it began, UTC ms; None: it is an instant
 
     @classmethod
     def at(
@@ -375,6 +377,15 @@ class Tick:
     ) -> "Tick":
         "One price."
         return cls(time_ms, price, price, price, price)
+
+    @classmethod
+    def of_bar(
+        cls,
+        bar: Bar,
+        step_ms: int,  # how long it lasted
+    ) -> "Tick":
+        "A bar that is over."
+        return cls(bar.open_time_ms + step_ms, bar.open, bar.high, bar.low, bar.close, since_ms=bar.open_time_ms)
 
 # %% ../../nbs/risk/01_exits.ipynb #b6cc0a7d
 @dataclass(frozen=True, slots=True)

@@ -363,4 +363,5 @@ def history_bars(
     return max(
         averages + max(strategy.lookbacks) + strategy.vol_lookback + 100,
         strategy.vol_lookback + universe,  # the first spread that counts needs a universe of its own
-        config.vol_target.lookback_bars + 1)  # a return needs the close before it
+        config.vol_target.lookback_bars + 1,  # a return needs the close before it
+        30 * config.risk.atr_len, 12 * config.risk.trail_ema)  # what stops are measured by
