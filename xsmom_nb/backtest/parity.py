@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -81,7 +82,7 @@ def _share_table(
 ) -> pd.DataFrame:
     "Differences of final equities as shares."
     rows = {}
-    for (name, kind, what, equity), (_, _, _, following) in zip(finals[:-1], finals[1:], strict=True):
+    for (name, kind, what, equity), (_, _, _, following) in pairwise(finals):
         bps = (equity - following) / initial * 1e4
         rows[name] = {"kind": kind, "what": what, "equity": equity, "bps": bps, "bps_per_month": bps * MONTH_DAYS / days}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("share")
@@ -165,7 +166,7 @@ def plot_parity(
     for share in shares:
         edges.append(edges[-1] - share)
     axes.bar(0, edges[0], color="tab:blue")
-    for place, (top, bottom) in enumerate(zip(edges[:-1], edges[1:], strict=True), start=1):
+    for place, (top, bottom) in enumerate(pairwise(edges), start=1):
         axes.bar(place, bottom - top, bottom=top, color="tab:green" if bottom > top else "tab:red")
     axes.bar(len(names) - 1, edges[-1], color="tab:gray")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,24 +21,28 @@ from .window import Window, decision_window
 from ..clock import SimulatedClock, bars_per_year, format_utc, timeframe_ms
 from ..config import Config, with_values
 from ..database import memory_database, sql
-from ..decision import Decided
+from ..decision import Decided, Memory
 from ..errors import DataError
 from ..exchange.account_file import MIGRATIONS
 from ..exchange.frictions import REAL, Frictions
-from ..exchange.paper import PaperExchange
+from ..exchange.paper import PaperExchange, closed_bars
 from ..exchange.pieces import Contradiction
 from ..exchange.recorded import RecordedMarket
 from ..live.cycle import CycleReport, run_cycle
 from ..live.desk import wait_by
+from ..live.guard import guard_once
 from ..live.history import History
+from ..live.memory import remember
 from ..market.panel import Panel
 from ..ports import Fill, LedgerEntry, Position
+from ..risk.brakes import Brakes
+from ..risk.exits import Tick
 from ..state import State, memory_state
 from ..strategy.core import history_bars
 
 # %% auto #0
-__all__ = ['NOWHERE', 'OUT_OF_REACH', 'BALANCE', 'replay_config', 'Stage', 'open_stage', 'stops_between', 'balanced_frame',
-           'trades_of', 'ReplayResult', 'replay']
+__all__ = ['NOWHERE', 'OUT_OF_REACH', 'BALANCE', 'replay_config', 'Stage', 'open_stage', 'stops_between', 'HeardBars',
+           'balanced_frame', 'trades_of', 'ReplayResult', 'replay']
 
 # %% ../../nbs/backtest/09_replay.ipynb #b02c7a46
 NOWHERE = f"{os.devnull}/none"  # a file that cannot exist
@@ -108,7 +112,9 @@ def open_stage(
         PaperExchange(market, clock, own, database=memory_database(MIGRATIONS), frictions=frictions))
     bars = history_bars(own) if frictions.window else max(window.last_row + 1, history_bars(own))
     history = History(port, panel.timeframe, bars, origin=panel.origin)
-    return Stage(panel, own, clock, market, port, stack.enter_context(memory_state()), history, _Kept(keep_decisions))
+    state = stack.enter_context(memory_state())
+    remember(state, Memory(brakes=Brakes(resume_days=config.backtest.hard_kill_resume_days)), clock.now_ms())
+    return Stage(panel, own, clock, market, port, state, history, _Kept(keep_decisions))
 
 # %% ../../nbs/backtest/09_replay.ipynb #5c452594
 def stops_between(
@@ -122,6 +128,36 @@ def stops_between(
     return iter(range(close_ms - step_ms + short_ms, close_ms + 1, short_ms))
 
 # %% ../../nbs/backtest/09_replay.ipynb #ede69e39
+class HeardBars(Mapping[str, Sequence[Tick]]):
+    "The bars of each symbol that have closed in a stretch of time, as the guard takes them."
+
+    def __init__(
+        self,
+        market: RecordedMarket,
+        symbols: Sequence[str],
+        timeframe: str,  # of the long bars
+        since_ms: int,  # bars that closed after it, UTC ms
+        now_ms: int,  # and not after this
+    ) -> None:
+        self._market, self._symbols, self._timeframe, self._since_ms, self._now_ms = market, symbols, timeframe, since_ms, now_ms
+
+    def __getitem__(self, symbol: str) -> Sequence[Tick]:
+        if self._market.pieces is not None:
+            found = self._market.pieces.closed(symbol, self._since_ms, self._now_ms)
+        else:
+            step_ms = timeframe_ms(self._timeframe)
+            begin_ms = self._since_ms // step_ms * step_ms
+            bars = closed_bars(self._market, symbol, self._timeframe, begin_ms, self._now_ms)
+            found = [(bar.open_time_ms + step_ms, bar) for bar in bars]
+        return [Tick.of_bar(bar, close_ms - bar.open_time_ms) for close_ms, bar in found if close_ms > self._since_ms]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._symbols)
+
+    def __len__(self) -> int:
+        return len(self._symbols)
+
+# %% ../../nbs/backtest/09_replay.ipynb #e71d2cc6
 @dataclass
 class _Diary:
     "What is noted on the way; a row a cycle, and the equity of every look."
@@ -153,11 +189,14 @@ def _play(
     on_cycle: Callable[[CycleReport], None] | None,
 ) -> _Diary:
     "Take the live code through the rows of a window."
-    step_ms, diary = timeframe_ms(stage.panel.timeframe), _Diary()
+    step_ms, diary, heard_ms = timeframe_ms(stage.panel.timeframe), _Diary(), stage.clock.now_ms()
     for row_ms in range(window.start_ms, window.end_ms + 1, step_ms):
         if row_ms > window.start_ms:
             for time_ms in stops_between(stage, row_ms + step_ms):
                 stage.clock.set(time_ms)
+                heard = HeardBars(stage.market, stage.panel.symbols, stage.panel.timeframe, heard_ms, time_ms)
+                guard_once(stage.port, stage.state, stage.clock, stage.config, heard, "replay")
+                heard_ms = time_ms
                 diary.look(time_ms, float(stage.port.fetch_account().equity))
         stage.clock.set(row_ms + step_ms + delay_ms)
         report = run_cycle(stage.port, stage.history, stage.state, stage.clock, stage.config, stage.recorder, "replay",
