@@ -118,9 +118,10 @@ def parity(
     "Take a difference apart; raises as `replay` does, `DataError` for an account that has nothing in the window."
     vector = backtest(panel, config, start_ms, end_ms, holdout)
     initial, days = config.backtest.initial_equity, len(vector.equity) * timeframe_ms(panel.timeframe) / DAY_MS
+    looks = config.backtest.risk == "full"  # else the guard's rules are out of reach, and it need not be asked every five minutes
     frictions, results = REAL, list[tuple[Rung | None, ReplayResult]]()
     for rung in (*LADDER, None):
-        result = replay(panel, config, start_ms, end_ms, holdout, inner=inner, frictions=frictions)
+        result = replay(panel, config, start_ms, end_ms, holdout, inner=inner, frictions=frictions, looks=looks)
         results.append((rung, result))
         if on_rung is not None:
             on_rung(rung.friction if rung else "none", result)

@@ -186,12 +186,13 @@ def _play(
     stage: Stage,
     window: Window,
     delay_ms: int,  # between the close of a bar and the cycle that decides it
+    looks: bool,  # whether the guard looks between cycles
     on_cycle: Callable[[CycleReport], None] | None,
 ) -> _Diary:
     "Take the live code through the rows of a window."
     step_ms, diary, heard_ms = timeframe_ms(stage.panel.timeframe), _Diary(), stage.clock.now_ms()
     for row_ms in range(window.start_ms, window.end_ms + 1, step_ms):
-        if row_ms > window.start_ms:
+        if looks and row_ms > window.start_ms:
             for time_ms in stops_between(stage, row_ms + step_ms):
                 stage.clock.set(time_ms)
                 heard = HeardBars(stage.market, stage.panel.symbols, stage.panel.timeframe, heard_ms, time_ms)
@@ -355,6 +356,7 @@ def replay(
     inner: Panel | None = None,  # shorter bars of some symbols over some of the time
     frictions: Frictions = REAL,
     keep_decisions: bool = False,  # with all that they were made from: a megabyte each
+    looks: bool = True,  # whether the guard looks between cycles; without it the account sleeps, and its stops still rest
     on_cycle: Callable[[CycleReport], None] | None = None,  # is told what came of each
 ) -> ReplayResult:
     "Take the live cycle through recorded bars; raises as `backtest`, and `DataError` when the books do not balance."
@@ -362,5 +364,5 @@ def replay(
     delay_ms = config.live.rebalance_minute * 60_000 if frictions.delay else 0
     with ExitStack() as stack:
         stage = open_stage(stack, panel, config, window, inner, frictions, keep_decisions)
-        diary = _play(stage, window, delay_ms, on_cycle)
+        diary = _play(stage, window, delay_ms, looks, on_cycle)
         return _result(stage, diary, window, config, frictions)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import replace
@@ -60,9 +61,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # %% auto #0
-__all__ = ['Answer', 'Action', 'is_whole', 'closed_bars', 'past_settlements', 'happenings', 'require_forward', 'PaperAccount',
-           'marks_of', 'met', 'placing', 'cancelling', 'stopping', 'answered', 'PassedThrough', 'PaperExchange',
-           'totals', 'price_result']
+__all__ = ['Answer', 'Action', 'is_whole', 'closed_bars', 'past_settlements', 'next_close_ms', 'happenings', 'require_forward',
+           'PaperAccount', 'marks_of', 'met', 'placing', 'cancelling', 'stopping', 'answered', 'PassedThrough',
+           'PaperExchange', 'totals', 'price_result']
 
 # %% ../../nbs/exchange/03_paper.ipynb #18adea68
 _PAGE = 1000  # bars or settlements asked for at a time
@@ -107,17 +108,24 @@ def past_settlements(
     return rates
 
 # %% ../../nbs/exchange/03_paper.ipynb #484ce5d5
-def _is_due(
+def _close_ms(
     symbol: str,
     holding: Holding,
     step_ms: int,  # length of a bar
-    now_ms: int,
     pieces: Pieces | None,
-) -> bool:
-    "Whether a bar of a symbol may have closed that was not looked at."
-    if holding.next_open_ms >= now_ms:
-        return False
-    return (pieces.next_close_ms(symbol, holding.next_open_ms) if pieces else holding.next_open_ms + step_ms) <= now_ms
+) -> int:  # UTC ms
+    "When the bar closes that is the next to be looked at."
+    return pieces.next_close_ms(symbol, holding.next_open_ms) if pieces else holding.next_open_ms + step_ms
+
+
+def next_close_ms(
+    market: QuotePort,
+    books: Books,
+    timeframe: str,  # of the bars
+) -> int:  # UTC ms
+    "Before which time nothing can happen to an account, so that nobody has to look."
+    step_ms, pieces = timeframe_ms(timeframe), getattr(market, "pieces", None)
+    return min((_close_ms(symbol, holding, step_ms, pieces) for symbol, holding in books.holdings.items()), default=2**62)
 
 # %% ../../nbs/exchange/03_paper.ipynb #63b196d5
 def happenings(
@@ -128,7 +136,7 @@ def happenings(
 ) -> list[Happening]:
     "What has happened to the holdings of an account since it was last followed."
     step_ms, found, pieces = timeframe_ms(timeframe), list[Happening](), getattr(market, "pieces", None)
-    due = {symbol: holding for symbol, holding in books.holdings.items() if _is_due(symbol, holding, step_ms, now_ms, pieces)}
+    due = {symbol: holding for symbol, holding in books.holdings.items() if _close_ms(symbol, holding, step_ms, pieces) <= now_ms}
     trading = {instrument.symbol for instrument in market.fetch_instruments() if instrument.is_trading} if due else set()
     for symbol, holding in due.items():
         if pieces:
@@ -175,6 +183,7 @@ class PaperAccount:
         self._timeframe = config.exchange.timeframe
         self._kept = _open_account(database, config, clock.now_ms())
         self.venue = venue_of(config, timeframe_ms(self._timeframe), self._kept.seed, frictions)
+        self._looked_at, self._quiet_until_ms = self._kept.books, 0  # nothing happens to these books before that time
 
     def ask(self, question: Callable[[Connection, Books], Answer]) -> Answer:
         "The answer to a question that changes nothing; raises `StateError` for a row that does not read."
@@ -196,9 +205,12 @@ class PaperAccount:
 
     def _look(self) -> tuple[int, list[Happening]]:
         "The time, and what has happened since the books were last written; raises `RefusedError` for a clock that went back."
-        now_ms = self._clock.now_ms()
+        now_ms, books = self._clock.now_ms(), self._kept.books
         require_forward(self.database.location, now_ms, self._kept.reached_ms)
-        return now_ms, happenings(self._market, self._kept.books, self._timeframe, now_ms)
+        if books is self._looked_at and now_ms < self._quiet_until_ms:
+            return now_ms, []
+        self._looked_at, self._quiet_until_ms = books, next_close_ms(self._market, books, self._timeframe)
+        return now_ms, happenings(self._market, books, self._timeframe, now_ms)
 
     def _write(self, now_ms: int, found: list[Happening], action: Action | None) -> Submission | None:
         "Write what happened and what is asked for, in one transaction; None: somebody else was faster, or nothing was asked."
@@ -244,7 +256,7 @@ def _open_account(
 # %% ../../nbs/exchange/03_paper.ipynb #f234c575
 def marks_of(
     market: QuotePort,
-    symbols: Iterable[str],  # a symbol without a price is left out
+    symbols: Collection[str],  # a symbol without a price is left out
 ) -> dict[str, Decimal]:  # by symbol
     "The marks of symbols."
     if known := getattr(market, "marks", None):

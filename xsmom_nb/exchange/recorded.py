@@ -5,7 +5,7 @@
 # %% ../../nbs/exchange/02_recorded.ipynb #a9cd4f74
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import ROUND_CEILING
@@ -198,6 +198,7 @@ class RecordedMarket:
         self._half_spread = Decimal(repr(spread_bps)) / 20_000
         self._instruments: tuple[int, list[Instrument]] = (-1, [])  # of which row
         self._tickers: tuple[int, list[Ticker]] = (-1, [])  # of which time
+        self._marks_ms, self._marks = -1, dict[str, Decimal]()  # of which time
 
     def fetch_bars(self, symbol: str, timeframe: str, start_ms: int, limit: int) -> Sequence[Bar]:
         "The first bars that open at or after `start_ms` and are over."
@@ -238,10 +239,13 @@ class RecordedMarket:
 
     def marks(
         self,
-        symbols: Iterable[str],
+        symbols: Collection[str],
     ) -> dict[str, Decimal]:  # of those among them that trade
         "The marks of some symbols, as their tickers have them; for those who do not need the books around them."
         recording, now_ms = self._recording, self._clock.now_ms()
-        columns = [recording.columns[symbol] for symbol in symbols if symbol in recording.columns]
-        closes = closes_at(recording, now_ms, self.pieces, columns)
-        return {recording.panel.symbols[i]: Decimal(repr(price)) for i, _, price in closes}
+        if self._marks_ms != now_ms:
+            self._marks_ms, self._marks = now_ms, {}
+        if asked := [recording.columns[s] for s in symbols if s not in self._marks and s in recording.columns]:
+            closes = closes_at(recording, now_ms, self.pieces, asked)
+            self._marks |= {recording.panel.symbols[i]: Decimal(repr(price)) for i, _, price in closes}
+        return {symbol: self._marks[symbol] for symbol in symbols if symbol in self._marks}
