@@ -11,17 +11,29 @@ from pathlib import Path
 from typing import Any
 
 
+import numpy as np
+
+from xsmom_nb.clock import SimulatedClock
 from xsmom_nb.config import Config, with_values
-from xsmom_nb.decision import Decided, Decision, as_json, from_json
+from xsmom_nb.decision import DayOfEquity, Decided, Decision, Memory, as_json, from_json
+from xsmom_nb.exchange.paper import PaperExchange
+from xsmom_nb.exchange.recorded import RecordedMarket
+from xsmom_nb.execution.execute import send_intents
+from xsmom_nb.execution.intents import Intent, link_id
 from xsmom_nb.execution.journal import held_quantities
+from xsmom_nb.execution.reconcile import book_news
 from xsmom_nb.files import canonical_json
-from xsmom_nb.live.cycle import CycleReport, recall
+from xsmom_nb.live.cycle import CycleReport
 from xsmom_nb.live.desk import Desk, open_desk
+from xsmom_nb.live.guard import GuardReport, guard_once
 from xsmom_nb.live.history import History
+from xsmom_nb.live.memory import follow, recall, remember
 from xsmom_nb.market.panel import Panel
 from xsmom_nb.market.synthetic import synthetic_panel
 from xsmom_nb.ports import OrderRequest, Submission, TransientError
-from xsmom_nb.state import check, export
+from xsmom_nb.risk.exits import Tick
+from xsmom_nb.risk.tracking import SymbolRisk, Yardstick
+from xsmom_nb.state import check, export, open_state
 
 HOUR = 3_600_000
 ROW = 200  # of the recording: the one that is decided in hour 0
@@ -170,3 +182,60 @@ def held_in(report: CycleReport) -> dict[str, Decimal]:
 
 def card_of(report: CycleReport, symbol: str) -> Any:
     return next(card for card in report.decided.decision.cards if card.symbol == symbol)
+
+
+# ── One symbol, written by hand ──────────────────────────────────────────────────────────────────────────────────────
+COIN = "AAAUSDT"
+FLAT = (100.0, 100.0, 100.0, 100.0)
+
+
+class Bench:
+    "A paper account with ten coins bought at 100 in hour 1, an ATR of 2, and a guard that is called every hour."
+
+    def __init__(self, folder: Path, hours: Sequence[tuple[float, ...]], hour: int = 1, **changes: Any) -> None:
+        where = {"live.state_url": f"sqlite:///{folder}/state.sqlite", "paper.account_url": f"sqlite:///{folder}/paper.sqlite",
+                 "costs.impact_coef": 0.0, "paper.spread_bps": 0.0}
+        self.config = with_values(Config(), where | changes)
+        columns = [np.array([bar[k] for bar in (FLAT, *hours)])[:, None] for k in range(4)]
+        opens = np.arange(len(hours) + 1) * HOUR
+        panel = Panel((COIN,), opens, *columns, np.full_like(columns[0], 1e6), np.zeros_like(columns[0]))
+        self.clock: Any = SimulatedClock(hour * HOUR + 60_000)
+        self.port: Any = PaperExchange(RecordedMarket(panel, self.clock, 0.0), self.clock, self.config)
+        self.state = open_state(self.config.live.state_url)
+        book_news(self.port, self.state, self.clock.now_ms())
+
+    def begin(self, quantity: int = 10, slope: float | None = None) -> "Bench":
+        "Buy, or sell, and let the guard protect it."
+        self.decided(0, slope)
+        side: Any = "Buy" if quantity > 0 else "Sell"
+        name = link_id(0, COIN, "open")
+        request = OrderRequest(name, COIN, side, "Market", Decimal(abs(quantity)), None, "IOC", reduce_only=False)
+        send_intents(self.port, self.state, [Intent(request, "open")], 0, "run", {}, frozenset(), self.clock, self.config)
+        self.guard()
+        return self
+
+    def decided(self, hour: int, slope: float | None = None, average: float | None = None) -> None:
+        "Leave what a decision on the bar of an hour would leave."
+        days = (DayOfEquity(0, *[Decimal(10_000)] * 3),)
+        yardsticks = {COIN: Yardstick(2.0, slope, average)}
+        left = Memory(last_row_ms=hour * HOUR, decided_ms=(hour + 1) * HOUR + 60_000, days=days, yardsticks=yardsticks)
+        remember(self.state, left, self.clock.now_ms())
+
+    def guard(self, bars: Any = None) -> GuardReport:
+        return guard_once(self.port, self.state, self.clock, self.config, bars or {})
+
+    def hour(self) -> GuardReport:
+        "Let an hour pass, and call the guard with its bar."
+        row = self.clock.now_ms() // HOUR
+        self.clock.set((row + 1) * HOUR)
+        (bar,) = self.port.fetch_bars(COIN, "1h", row * HOUR, 1)
+        return self.guard({COIN: [Tick.of_bar(bar, HOUR)]})
+
+    @property
+    def risk(self) -> SymbolRisk:
+        follow(self.state, self.config, self.clock.now_ms())
+        return recall(self.state).risk.symbols[COIN]
+
+    def close(self) -> None:
+        self.port.close()
+        self.state.close()

@@ -22,13 +22,15 @@ from xsmom_nb.errors import DataError, RefusedError, StateError, XsmomError
 from xsmom_nb.exchange import paper
 from xsmom_nb.execution import reconcile
 from xsmom_nb.execution.execute import CRASH_POINTS, CRASH_VARIABLE
-from xsmom_nb.live import cycle
+from xsmom_nb.execution.intents import EXIT
+from xsmom_nb.live import cycle, guard, memory
 from xsmom_nb.live import desk as desk_module
 from xsmom_nb.live.desk import open_desk
 from xsmom_nb.live.history import History
-from xsmom_nb.state import open_state
+from xsmom_nb.state import check, open_state
 from small_account import (
     MARKET,
+    Bench,
     ROW,
     Memo,
     audit,
@@ -65,6 +67,9 @@ KILLS: dict[str, tuple[Any, str, str]] = {  # where a process is killed that has
     "remembering": (cycle, "remember", "before"),
     "before execution": (cycle, "carry_out", "before"),
     "after execution": (cycle, "carry_out", "after"),
+    "following the fills": (memory, "_tell_exits", "after"),  # inside the transaction
+    "keeping what the guard saw": (guard, "_keep", "after"),
+    "protecting what was opened": (guard, "_protect", "before"),
     "before persisting": (cycle, "persist", "before"),
     "while persisting": (cycle, "save_equity", "after"),  # inside the transaction
 }
@@ -123,7 +128,8 @@ def accounts(tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
 
 
 LIMIT_POINTS = [("limit", point) for point in (*CRASH_POINTS, *KILLS)]
-MARKET_POINTS = [("market", point) for point in (*CRASH_POINTS, "booking fills", "after execution")]  # nothing to cancel there
+MARKET_POINTS = [("market", point) for point in (  # nothing to cancel there
+    *CRASH_POINTS, "booking fills", "after execution", "following the fills", "protecting what was opened")]
 
 
 @pytest.mark.parametrize(("kind", "point"), [*LIMIT_POINTS, *MARKET_POINTS])
@@ -142,6 +148,70 @@ def test_killed_anywhere_and_started_again(accounts, kind, point, tmp_path):
         assert len(reports[1].recovery.settled.lost) == 1
     elif kind == "limit":
         assert decisions_of(crashed) == decisions_of(undisturbed)  # to the last order, although it was killed
+
+
+# ── A guard that dies ────────────────────────────────────────────────────────────────────────────────────────────────
+GUARD_KILLS = {
+    "deciding": (guard, "guard_step", "after"),
+    "writing down": (guard, "save_memory", "after"),  # inside the transaction
+    "written down": (guard, "_keep", "after"),
+    "way cleared": (guard, "_clear_way", "after"),
+    "left": (guard, "_leave", "after"),
+    "following": (guard, "follow", "before"),
+    "before the stop": (guard, "_protect", "before"),
+    "stop set": (paper.PaperExchange, "set_position_stop", "after"),
+}
+FALLS = [(100.0, 101.0, 95.0, 95.5), *[(95.5, 96.0, 95.0, 95.5)] * 3]
+CLIMBS = [(100.0, 103.5, 99.5, 103.5), *[(103.5, 103.5, 103.0, 103.5)] * 3]
+
+
+def guard_and_die(folder: Path, hours: list[tuple[float, ...]], point: str) -> None:
+    "Let the guard see the first hour, and die."
+    bench = Bench(folder, hours)
+    KILLS.update(GUARD_KILLS)
+    arm(point)
+    bench.hour()
+
+
+@pytest.mark.parametrize(("hours", "left"), [(FALLS, 0), (CLIMBS, 7)], ids=["all of it", "a part"])
+@pytest.mark.parametrize("point", [*CRASH_POINTS, *GUARD_KILLS])
+def test_a_guard_killed_anywhere_leaves_once_and_never_without_a_stop(tmp_path, hours, left, point):
+    bench = Bench(tmp_path, hours).begin()
+    bench.close()
+    status = run_apart(guard_and_die, tmp_path, hours, point)
+    needs_stop = point == "stop set" and not left  # nothing is left to protect, so it was not killed
+    assert status == (0 if needs_stop else KILLED)
+    bench = Bench(tmp_path, hours, hour=2)
+    assert all(position.stop_price is not None for position in bench.port.fetch_positions())  # that of before, at least
+    first = bench.guard()
+    assert first.unprotected == ()
+    assert all(position.stop_price is not None for position in bench.port.fetch_positions())
+    bench.clock.advance(30_000)  # an order that had not left by then never will
+    bench.guard()
+    assert [name for name in posts_of(tmp_path) if name.endswith(EXIT)] == [posts_of(tmp_path)[-1]]
+    held = [(float(each.quantity), float(each.stop_price)) for each in bench.port.fetch_positions()]
+    assert held == ([(7, 100.012)] if left else [])
+    risk = bench.risk
+    assert (float(risk.quantity), risk.leaving, risk.trades) == (left, None, 0 if left else 1)
+    assert check(bench.state) == []
+    bench.close()
+
+
+def open_and_die(folder: Path) -> None:
+    "Buy, and die before the stop was asked for."
+    KILLS.update(GUARD_KILLS)
+    bench = Bench(folder, FALLS)
+    arm("before the stop")
+    bench.begin()
+
+
+def test_killed_between_the_entry_and_its_stop(tmp_path):
+    assert run_apart(open_and_die, tmp_path) == KILLED
+    bench = Bench(tmp_path, FALLS)
+    assert [position.stop_price for position in bench.port.fetch_positions()] == [None]
+    assert bench.guard().unprotected == ()
+    assert [float(position.stop_price) for position in bench.port.fetch_positions()] == [93.012]
+    bench.close()
 
 
 def trade_on(folder: Path, first_hour: int) -> None:

@@ -1012,6 +1012,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'xsmom_nb.live.guard._leave': ('live/guard.html#_leave', 'xsmom_nb/live/guard.py'),
                                      'xsmom_nb.live.guard._open_questions': ('live/guard.html#_open_questions', 'xsmom_nb/live/guard.py'),
                                      'xsmom_nb.live.guard._protect': ('live/guard.html#_protect', 'xsmom_nb/live/guard.py'),
+                                     'xsmom_nb.live.guard._unsettled': ('live/guard.html#_unsettled', 'xsmom_nb/live/guard.py'),
                                      'xsmom_nb.live.guard.exit_intents': ('live/guard.html#exit_intents', 'xsmom_nb/live/guard.py'),
                                      'xsmom_nb.live.guard.guard_once': ('live/guard.html#guard_once', 'xsmom_nb/live/guard.py'),
                                      'xsmom_nb.live.guard.guard_step': ('live/guard.html#guard_step', 'xsmom_nb/live/guard.py'),

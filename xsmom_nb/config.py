@@ -309,7 +309,7 @@ NOT_BUILT: dict[str, Any] = {  # key: the only value that is served so far
     "execution.taker_fallback": False,
     "backtest.risk": "core",
     "live.mode": "paper",
-    "notify.routes": [],
+    "notify.routes": (),
 }
 
 # %% ../nbs/03e_config.ipynb #21e48bd2
@@ -317,11 +317,11 @@ def require_built(
     config: Config,
 ) -> None:
     "Raise `ConfigError` naming every setting that switches on something that does not exist yet."
-    flat = flatten(config)
+    values = {key: value_at(config, key) for key in NOT_BUILT}
     lines = [
-        f"{key} = {_shown(key, flat[key])}: not built yet; expected {_shown(key, served)}"
+        f"{key} = {_shown(key, values[key])}: not built yet; expected {_shown(key, served)}"
         for key, served in NOT_BUILT.items()
-        if flat[key] != served
+        if values[key] != served
     ]
     if lines:
         raise ConfigError("\n".join(lines))

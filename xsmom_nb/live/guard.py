@@ -16,12 +16,12 @@ from ..decision import as_json
 from ..exchange.matching import LATEST_SHARE
 from ..execution.execute import Sent, send_intents
 from ..execution.intents import Intent, exit_id
-from ..execution.journal import held_of, is_ours, set_held, upsert_orders
+from ..execution.journal import held_of, is_ours, set_held, unfinished_intents, upsert_orders
 from ..execution.plan import on_step
 from ..execution.reconcile import ask, book_news, look_until_ended, settle_intents
 from .memory import RISK, follow, recall, recall_risk
 from ..outbox import emit
-from ..ports import ExchangePort, Fill, Instrument, OrderRequest, Position, Side
+from ..ports import ExchangePort, Fill, Instrument, OrderRequest, Position, Side, TransientError
 from ..risk.exits import Exit, ExitRules, Tick, TrackedPosition, exit_rules, step_position
 from ..risk.tracking import Leaving, RiskMemory, SymbolRisk, Yardstick, measured
 from ..state import State, save_memory, symbol_versions
@@ -87,7 +87,8 @@ def step_symbol(
     tracked, mark = risk.position, float(position.mark_price)
     if tracked is None or (risk.leaving is not None and not risk.leaving.down_to):
         return risk
-    path, exits = heard(ticks, risk.entered_ms, Tick.at(time_ms, mark)), []
+    path = heard(ticks, risk.entered_ms, Tick.at(time_ms, mark))
+    exits: list[Exit] = []
     if risk.row_ms != row_ms and not (yardstick.slope is None and yardstick.average is None):
         path[-1] = replace(path[-1], slope=yardstick.slope, average=yardstick.average)
         risk = replace(risk, row_ms=row_ms)
@@ -190,7 +191,17 @@ def _open_questions(state: State) -> set[str]:
     with state.read() as connection:
         return set(connection.execute(query).scalars())
 
+# %% ../../nbs/live/00c_guard.ipynb #9ca35438
+def _unsettled(port: ExchangePort, state: State, now_ms: int, config: Config) -> frozenset[str]:
+    "Symbols in which an earlier order is still an open question, after asking."
+    try:
+        return settle_intents(port, state, now_ms, config).frozen
+    except TransientError:
+        with state.read() as connection:
+            entries = unfinished_intents(connection)
+        return frozenset(entry.intent.request.symbol for entry in entries if entry.status != "accepted")
 
+# %% ../../nbs/live/00c_guard.ipynb #e6d06693
 def _known(memory: RiskMemory) -> dict[str, Decimal]:
     "What we know to hold."
     return {symbol: risk.quantity for symbol, risk in memory.symbols.items() if risk.quantity}
@@ -317,7 +328,7 @@ def guard_once(
     now_ms, memory, questions = clock.now_ms(), recall(state), _open_questions(state)
     if not questions and not _known(memory.risk):
         return GuardReport(now_ms)
-    frozen = settle_intents(port, state, now_ms, config).frozen if questions & {"written", "unknown"} else frozenset()
+    frozen = _unsettled(port, state, now_ms, config) if questions & {"written", "unknown"} else frozenset()
     risk, positions, fills = _catch_up(port, state, memory.risk, now_ms, config)
     if not positions:
         return GuardReport(now_ms, fills=fills)

@@ -165,9 +165,10 @@ def _tell_exits(connection: Connection, before: RiskMemory, after: RiskMemory, n
         was = before.symbols.get(symbol, SymbolRisk())
         if risk.trades > was.trades and risk.exited_ms != was.exited_ms:
             why = was.leaving.reason if was.leaving else "closed at the exchange, by no order of ours"
-            rests = f"; no entry until {format_utc(risk.cooldown_until_ms)}" if risk.cooldown_until_ms > was.cooldown_until_ms else ""
             earned = risk.cash_when_flat - was.cash_when_flat
-            text = f"{symbol}: {why}, position of {was.quantity} is gone, {earned:+.2f} after costs{rests}"
+            text = f"{symbol}: {why}, position of {was.quantity} is gone, {earned:+.2f} after costs"
+            if risk.cooldown_until_ms > was.cooldown_until_ms:
+                text += f"; no entry until {format_utc(risk.cooldown_until_ms)}"
             emit(connection, now_ms, "INFO", "exit", text, symbol, {"pnl": earned})
 
 # %% ../../nbs/live/00b_memory.ipynb #aa4052f9

@@ -11,16 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..clock import DAY_MS, format_utc
+from ..clock import format_utc
 from .exits import POSITION_FIELDS, as_row, remaining_row
 from xsmom_nb.risk.limits import (
     DAY,
     DAY_HIGH,
     DAY_START,
-    KILLED,
     KILLED_UNTIL_MS,
     LOSS_FIELDS,
-    PAUSED,
     PAUSED_UNTIL_MS,
     TRADES,
     Account,
@@ -150,8 +148,8 @@ def _of_account(
     held = "everything is closed" if limits.closes else "positions are kept with their stops"
     if after.killed_until_ms != 0:
         until = "a person resumes" if after.killed_until_ms is None else format_utc(after.killed_until_ms)
-        begins = f"drawdown {drawdown:.2%} ≥ {limits.max_drawdown:.4g}" if before.killed_until_ms == 0 else "killed by a drawdown"
-        said.append(f"kill switch: {begins} of the 30-day high, no entries until {until}; {held}")
+        number = f" {drawdown:.2%} ≥ {limits.max_drawdown:.2%}" if before.killed_until_ms == 0 else ""
+        said.append(f"kill switch: drawdown{number} from the 30-day high, no entries until {until}; {held}")
     if after.paused_until_ms:
         reference = max(after.day_start, after.day_high) if limits.trailing else after.day_start
         number = f" {1 - facts.equity / reference:.2%} ≥ {limits.max_daily_loss:.2%}" if not before.paused_until_ms else ""
@@ -202,7 +200,8 @@ def judge_row(
     symbols = [memory.symbols.get(symbol, _NEVER) for symbol in facts.symbols]
     banned = [losses.get(symbol, _NO_LOSS) for symbol in facts.symbols]
 
-    positions, pauses, odds, bans = (np.zeros((n, fields)) for fields in (POSITION_FIELDS, PAUSE_FIELDS, ODDS_FIELDS, LOSS_FIELDS))
+    fields = POSITION_FIELDS, PAUSE_FIELDS, ODDS_FIELDS, LOSS_FIELDS
+    positions, pauses, odds, bans = (np.zeros((n, columns)) for columns in fields)
     for i, (risk, loss) in enumerate(zip(symbols, banned, strict=True)):
         if risk is not _NEVER:
             pauses[i], odds[i] = risk.pauses, risk.odds
