@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sqlite3
 import time
+from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from .errors import ConfigError, StateError
 from .files import make_folder
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, TextClause
 
 # %% auto #0
-__all__ = ['sql', 'Database', 'check_integrity', 'open_database']
+__all__ = ['sql', 'Database', 'check_integrity', 'open_database', 'memory_database']
 
 # %% ../nbs/10_database.ipynb #149c22c4
 _DAMAGED = (
@@ -254,4 +257,147 @@ def open_database(
     except BaseException:
         database.close()
         raise
+    return database
+
+# %% ../nbs/10_database.ipynb #9a33bb19
+class _Answer:
+    "What a statement gave: rows with named columns, read once."
+
+    __slots__ = ("_cursor", "rowcount")
+
+    def __init__(self, cursor: sqlite3.Cursor) -> None:
+        self._cursor, self.rowcount = cursor, cursor.rowcount
+
+    def all(self) -> list[Any]:
+        "All rows; each is a tuple with its columns as attributes."
+        rows = self._cursor.fetchall()
+        return list(map(_row_kind(self._cursor.description)._make, rows)) if rows else rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.all())
+
+    def one_or_none(self) -> Any:
+        "The only row; raises `StateError` when there are more."
+        rows = self.all()
+        if len(rows) > 1:
+            raise StateError(f"{len(rows)} rows; expected one or none")
+        return rows[0] if rows else None
+
+    def first(self) -> Any:
+        "The first row, or None."
+        row = self._cursor.fetchone()
+        return None if row is None else _row_kind(self._cursor.description)._make(row)
+
+    def scalars(self) -> _Column:
+        "The first column."
+        return _Column(row[0] for row in self._cursor)
+
+    def scalar(self) -> Any:
+        "The first column of the first row, or None."
+        row = self._cursor.fetchone()
+        return None if row is None else row[0]
+
+    scalar_one_or_none = scalar_one = scalar
+
+    def mappings(self) -> list[dict[str, Any]]:
+        "Rows as dicts."
+        return [row._asdict() for row in self.all()]
+
+
+class _Column(list[Any]):
+    "The values of one column."
+
+    all = list.copy
+
+
+@functools.cache
+def _row_kind(description: tuple[tuple[Any, ...], ...]) -> Any:
+    "A tuple with the columns of a description as attributes."
+    return namedtuple("Row", [column[0] for column in description], rename=True)
+
+# %% ../nbs/10_database.ipynb #2f43a7cd
+class _MemoryConnection:
+    "A database in memory, as much of a connection as this project uses."
+
+    dialect = SimpleNamespace(name="sqlite")
+
+    def __init__(self) -> None:
+        self._raw = sqlite3.connect(":memory:", isolation_level=None, cached_statements=512)
+        self._raw.execute("PRAGMA foreign_keys=ON")
+
+    def execute(self, statement: TextClause, values: Any = ()) -> _Answer:
+        "Run a statement, once for each dict where a list of them is given."
+        if isinstance(values, list):
+            return _Answer(self._raw.executemany(statement.text, values))
+        return _Answer(self._raw.execute(statement.text, values))
+
+    def exec_driver_sql(self, statement: str) -> _Answer:
+        "Run a statement without named values."
+        return _Answer(self._raw.execute(statement))
+
+    def close(self) -> None:
+        "Forget everything."
+        self._raw.close()
+
+# %% ../nbs/10_database.ipynb #6a9879a7
+class _Reading:
+    "A look at a database in memory; nobody else can change it meanwhile."
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: _MemoryConnection) -> None:
+        self._connection = connection
+
+    def execution_options(self, **options: Any) -> _Reading:
+        "Nothing needs to be said: there are no other readers."
+        return self
+
+    def __enter__(self) -> _MemoryConnection:
+        return self._connection
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+
+class _Writing(_Reading):
+    "A transaction in memory: all of it, or nothing."
+
+    __slots__ = ()
+
+    def __enter__(self) -> _MemoryConnection:
+        self._connection.exec_driver_sql("BEGIN")
+        return self._connection
+
+    def __exit__(self, *exception: object) -> None:
+        self._connection.exec_driver_sql("COMMIT" if exception[0] is None else "ROLLBACK")
+
+
+class _MemoryEngine:
+    "A database in memory, as much of an engine as `Database` uses."
+
+    dialect = _MemoryConnection.dialect
+
+    def __init__(self) -> None:
+        self._connection = _MemoryConnection()
+
+    def connect(self) -> _Reading:
+        "Begin to read."
+        return _Reading(self._connection)
+
+    def begin(self) -> _Writing:
+        "Begin to write."
+        return _Writing(self._connection)
+
+    def dispose(self) -> None:
+        "Forget everything."
+        self._connection.close()
+
+# %% ../nbs/10_database.ipynb #4f6316b8
+def memory_database(
+    migrations: Sequence[Sequence[str]],  # as for `open_database`
+) -> Database:  # empty, with the newest tables; gone when it is closed
+    "A database that nobody else sees and that is not kept."
+    database = Database(cast("Engine", _MemoryEngine()), "in memory", None)
+    with database.write() as connection:
+        _migrate(connection, "in memory", migrations, "in memory")
     return database

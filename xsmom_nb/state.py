@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .clock import format_utc
-from .database import Database, check_integrity, open_database, sql
+from .database import Database, check_integrity, memory_database, open_database, sql
 from .errors import StateError
 from .files import canonical_json
 from .ports import OPEN_STATUSES
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # %% auto #0
-__all__ = ['MIGRATIONS', 'ChainHead', 'root_key', 'State', 'open_state', 'symbol_versions', 'load_memory', 'save_memory',
-           'save_equity', 'export', 'check']
+__all__ = ['MIGRATIONS', 'ChainHead', 'root_key', 'State', 'open_state', 'memory_state', 'symbol_versions', 'load_memory',
+           'save_memory', 'save_equity', 'export', 'check']
 
 # %% ../nbs/11_state.ipynb #209d8788
 _CHAIN = ("CREATE TABLE chain (root TEXT PRIMARY KEY, run_id TEXT, digest TEXT NOT NULL, entry TEXT NOT NULL, length INTEGER)",)
@@ -236,6 +236,12 @@ def open_state(
     "Open the state store, made and migrated where needed; raises `StateError` when it is damaged, locked or newer."
     opened = open_database(url, MIGRATIONS, base, busy_timeout_seconds, must_exist=must_exist)
     return State(opened.engine, opened.location, opened.folder)
+
+# %% ../nbs/11_state.ipynb #a27f4a20
+def memory_state() -> State:
+    "An empty state that nobody else sees and that is gone when it is closed."
+    made = memory_database(MIGRATIONS)
+    return State(made.engine, made.location, made.folder)
 
 # %% ../nbs/11_state.ipynb #b3b35fe4
 def symbol_versions(

@@ -113,7 +113,7 @@ def with_holding(
     "Books with a holding replaced; one without a position and without orders is forgotten."
     is_needed = holding.quantity != 0 or any(order.symbol == symbol for order in books.orders.values())
     others = {name: other for name, other in books.holdings.items() if name != symbol} if not is_needed else books.holdings
-    return replace(books, holdings={**others, symbol: holding} if is_needed else others)
+    return Books(books.wallet, {**others, symbol: holding} if is_needed else others, books.orders, books.accepted)
 
 # %% ../../nbs/exchange/00b_books.ipynb #edcf0d07
 def with_order(

@@ -30,10 +30,13 @@ from .books import filled
 from .books import settled
 from .books import with_holding
 from .books import with_order
+from .fills import blended_fee_bps
 from .fills import resting_fill
 from .fills import slippage_bps
 from .fills import stop_fill
 from .fills import taker_price
+from .frictions import REAL
+from .frictions import Frictions
 from ..ports import Bar
 from ..ports import Fill
 from ..ports import FundingRate
@@ -58,17 +61,30 @@ class Venue:
     participation: float  # largest share of a bar's volume that one order fills
     step_ms: int  # length of a bar
     seed: int  # of the draws
+    blended_bps: Decimal = ZERO  # fee that is expected of an order before it is known whether it will wait, bps of notional
+    frictions: Frictions = REAL
+
+    def fee_bps(
+        self,
+        waited: bool,  # whether the order gave liquidity
+    ) -> Decimal:  # of notional
+        "The fee of a fill."
+        if not self.frictions.fees:
+            return self.blended_bps
+        return self.maker_bps if waited else self.taker_bps
 
 # %% ../../nbs/exchange/01_matching.ipynb #d168e8b9
 def venue_of(
     config: Config,  # `costs`, `paper.participation`
     step_ms: int,  # length of a bar
     seed: int,  # of the account, as it was made
+    frictions: Frictions = REAL,
 ) -> Venue:
     "The terms that a config asks for."
     costs = config.costs
+    blend = blended_fee_bps(costs.maker_bps, costs.taker_bps, costs.maker_ratio)
     return Venue(Decimal(repr(costs.maker_bps)), Decimal(repr(costs.taker_bps)), costs.slippage_bps, costs.impact_coef,
-                 config.paper.participation, step_ms, seed)
+                 config.paper.participation, step_ms, seed, Decimal(repr(float(blend))), frictions)
 
 # %% ../../nbs/exchange/01_matching.ipynb #26330d1e
 def draw(
@@ -185,8 +201,27 @@ def _take(
     price = max(ticks.to_integral_value(rounding), Decimal(1)) * tick
     if order.price is not None:
         price = min(price, order.price) if is_buy else max(price, order.price)
-    fee = fee_of(quantity, price, venue.taker_bps)
+    fee = fee_of(quantity, price, venue.fee_bps(waited=False))
     fill = Fill(f"{order.order_id}-taken", order.order_id, order.link_id, order.symbol, order.side, quantity, price, fee, False,
+                order.created_ms)
+    return executed(books, order, fill)
+
+# %% ../../nbs/exchange/01_matching.ipynb #4424de8a
+def _fill_whole(
+    books: Books,
+    order: Order,
+    depth: Depth,
+    mark: Decimal,  # last price
+    venue: Venue,  # without the friction `queue`
+) -> Step:
+    "Books after an order was filled as a backtest on closes fills it."
+    is_buy, quantity = order.side == "Buy", _allowed(books, order, order.quantity)
+    notional = float(quantity * mark)
+    slippage = slippage_bps(venue.slippage_bps, venue.impact_coef, depth.volatility, notional, depth.quote_volume)
+    price = Decimal(repr(float(taker_price(is_buy, float(mark), slippage))))
+    waited = order.order_type == "Limit" and order.time_in_force not in ("IOC", "FOK")
+    fee = fee_of(quantity, mark, venue.fee_bps(waited))
+    fill = Fill(f"{order.order_id}-whole", order.order_id, order.link_id, order.symbol, order.side, quantity, price, fee, waited,
                 order.created_ms)
     return executed(books, order, fill)
 
@@ -211,6 +246,8 @@ def accepted(
     fresh = Holding(ZERO, ZERO, mark, now_ms // venue.step_ms * venue.step_ms, now_ms + 1)
     step = with_order(replace(books, accepted=number), order)
     step = replace(step, books=with_holding(step.books, order.symbol, books.holdings.get(order.symbol, fresh)))
+    if not venue.frictions.queue:
+        return step.then(_fill_whole(step.books, order, depth, mark, venue))
     crosses = _crosses(order, depth)
     if crosses and order.time_in_force == "PostOnly":
         return step.then(ended(step.books, order, WOULD_TAKE, now_ms))
@@ -232,6 +269,12 @@ def _crosses(order: Order, depth: Depth) -> bool:
 LATEST_SHARE = 0.1  # of a bar that may be over when an order comes that is to take part in it
 
 
+def _with_mark(holding: Holding, bar: Bar, close_ms: int) -> Holding:
+    "A holding that has seen a bar."
+    mark = Decimal(repr(float(bar.close)))
+    return Holding(holding.quantity, holding.cost, mark, close_ms, holding.next_settlement_ms, holding.stop, holding.stop_ms)
+
+
 def matched(
     books: Books,
     symbol: str,  # with a holding
@@ -239,13 +282,15 @@ def matched(
     instrument: Instrument | None,  # None: vanished from the list, so that nothing fills
     venue: Venue,
     reached_ms: int = 0,  # time up to which the account had been told, UTC ms
+    step_ms: int | None = None,  # length of the bar; None: `venue.step_ms`
 ) -> Step:
     "Books after a bar."
     if not all(map(math.isfinite, (bar.high, bar.low, bar.close, bar.volume))) or min(bar.low, bar.close) <= 0:
         raise DataError(f"{symbol} at {format_utc(bar.open_time_ms)}: {bar}; expected finite prices above 0; "
                         "leave a missing bar out")
-    step, close_ms = Step(books), bar.open_time_ms + venue.step_ms
-    latest_ms = bar.open_time_ms + int(LATEST_SHARE * venue.step_ms)
+    step_ms = step_ms or venue.step_ms
+    step, close_ms = Step(books), bar.open_time_ms + step_ms
+    latest_ms = bar.open_time_ms + int(LATEST_SHARE * step_ms)
     waiting = [order for order in books.orders.values() if order.symbol == symbol and order.created_ms <= latest_ms]
     if instrument and symbol in books.holdings and books.holdings[symbol].stop_ms <= latest_ms:
         step = _stop(books, symbol, bar, venue, max(close_ms, reached_ms))
@@ -254,9 +299,7 @@ def matched(
             step = step.then(_rest(step.books, order, bar, instrument, venue, max(close_ms, reached_ms)))
     if symbol not in step.books.holdings:
         return step
-    held = step.books.holdings[symbol]
-    mark = Decimal(repr(float(bar.close)))
-    seen = Holding(held.quantity, held.cost, mark, close_ms, held.next_settlement_ms, held.stop, held.stop_ms)
+    seen = _with_mark(step.books.holdings[symbol], bar, close_ms)
     return Step(with_holding(step.books, symbol, seen), step.events)
 
 # %% ../../nbs/exchange/01_matching.ipynb #32e96ea7
@@ -303,7 +346,7 @@ def _rest(
     quantity = _allowed(books, order, whole_steps(offered, instrument.quantity_step))
     if not quantity or order.price is None:
         return Step(books)
-    fee = fee_of(quantity, order.price, venue.maker_bps)
+    fee = fee_of(quantity, order.price, venue.fee_bps(waited=True))
     name = f"{order.order_id}-{bar.open_time_ms // 60_000:x}"
     fill = Fill(name, order.order_id, order.link_id, order.symbol, order.side, quantity, order.price, fee, True, time_ms)
     return executed(books, order, fill)
@@ -343,7 +386,28 @@ def _turn(happening: Happening) -> tuple[int, int, str]:
     rank = 0 if isinstance(happening.what, Bar) else 1 if happening.what else 2
     return happening.time_ms, rank, happening.symbol
 
+
+def _funding_first(happening: Happening) -> tuple[int, int, str]:
+    "When it is taken where funding is paid on what was held as the bar opened, at the price of that time."
+    time_ms, rank, symbol = _turn(happening)
+    return time_ms, -1 if rank == 1 else rank, symbol
+
 # %% ../../nbs/exchange/01_matching.ipynb #5229fa57
+def _only_marks(
+    holding: Holding,
+    bar: Bar,
+    venue: Venue,
+    instrument: Instrument | None,
+) -> bool:  # of a symbol in which no order waits
+    "Whether a bar changes nothing of a holding but its mark."
+    if not (0 < bar.low < math.inf and 0 < bar.close < math.inf and 0 < bar.high < math.inf and 0 <= bar.volume < math.inf):
+        return False  # to be looked at, and refused
+    if holding.stop is None or instrument is None:
+        return holding.quantity != 0
+    is_long = holding.quantity > 0
+    return holding.quantity != 0 and math.isnan(stop_fill(is_long, float(holding.stop), bar.open, bar.high, bar.low))
+
+# %% ../../nbs/exchange/01_matching.ipynb #f0ab32ef
 def advanced(
     books: Books,
     happenings: Iterable[Happening],  # in any order
@@ -353,16 +417,24 @@ def advanced(
 ) -> Step:
     "Books after everything that happened since."
     events: list[Event] = []
-    step = Step(books)
-    for happening in sorted(happenings, key=_turn):
+    step, quiet = Step(books), dict[str, Holding]()  # what only marks have changed, not yet in the books
+    busy = {order.symbol for order in books.orders.values()}
+    for happening in sorted(happenings, key=_turn if venue.frictions.funding else _funding_first):
         symbol, what = happening.symbol, happening.what
-        if symbol not in step.books.holdings:
+        holding = quiet.get(symbol) or step.books.holdings.get(symbol)
+        if holding is None:
             continue
+        if isinstance(what, Bar) and symbol not in busy and _only_marks(holding, what, venue, instruments.get(symbol)):
+            quiet[symbol] = _with_mark(holding, what, happening.time_ms)
+            continue
+        if quiet:
+            step, quiet = Step(replace(step.books, holdings={**step.books.holdings, **quiet})), {}
         if isinstance(what, Bar):
-            step = matched(step.books, symbol, what, instruments.get(symbol), venue, reached_ms)
+            length_ms = happening.time_ms - what.open_time_ms
+            step = matched(step.books, symbol, what, instruments.get(symbol), venue, reached_ms, length_ms)
         elif what:
             step = settled(step.books, symbol, what, max(happening.time_ms, reached_ms))
         else:
             step = delisted(step.books, symbol, venue, max(happening.time_ms, reached_ms))
         events += step.events
-    return Step(step.books, tuple(events))
+    return Step(replace(step.books, holdings={**step.books.holdings, **quiet}) if quiet else step.books, tuple(events))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,8 +38,11 @@ from .account_file import readable
 from .account_file import save_step
 from .account_file import version_of
 from .admission import refusal
-from .books import Books, Step, account_of, deposited, marked, positions_of, with_holding
+from .books import Books, Holding, Step, account_of, deposited, marked, positions_of, with_holding
+from .frictions import REAL
+from .frictions import Frictions
 from .matching import Depth, Happening, Venue, accepted, advanced, depth_of, ended, venue_of
+from .pieces import Pieces
 from ..ports import Account
 from ..ports import Bar
 from ..ports import Fill
@@ -57,9 +61,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # %% auto #0
-__all__ = ['Answer', 'Action', 'is_whole', 'closed_bars', 'past_settlements', 'happenings', 'require_forward', 'PaperAccount',
-           'met', 'placing', 'cancelling', 'stopping', 'answered', 'PassedThrough', 'PaperExchange', 'totals',
-           'price_result']
+__all__ = ['Answer', 'Action', 'is_whole', 'closed_bars', 'past_settlements', 'next_close_ms', 'happenings', 'require_forward',
+           'PaperAccount', 'marks_of', 'met', 'placing', 'cancelling', 'stopping', 'answered', 'PassedThrough',
+           'PaperExchange', 'totals', 'price_result']
 
 # %% ../../nbs/exchange/03_paper.ipynb #18adea68
 _PAGE = 1000  # bars or settlements asked for at a time
@@ -104,6 +108,26 @@ def past_settlements(
     return rates
 
 # %% ../../nbs/exchange/03_paper.ipynb #484ce5d5
+def _close_ms(
+    symbol: str,
+    holding: Holding,
+    step_ms: int,  # length of a bar
+    pieces: Pieces | None,
+) -> int:  # UTC ms
+    "When the bar closes that is the next to be looked at."
+    return pieces.next_close_ms(symbol, holding.next_open_ms) if pieces else holding.next_open_ms + step_ms
+
+
+def next_close_ms(
+    market: QuotePort,
+    books: Books,
+    timeframe: str,  # of the bars
+) -> int:  # UTC ms
+    "Before which time nothing can happen to an account, so that nobody has to look."
+    step_ms, pieces = timeframe_ms(timeframe), getattr(market, "pieces", None)
+    return min((_close_ms(symbol, holding, step_ms, pieces) for symbol, holding in books.holdings.items()), default=2**62)
+
+# %% ../../nbs/exchange/03_paper.ipynb #63b196d5
 def happenings(
     market: QuotePort,
     books: Books,
@@ -111,16 +135,20 @@ def happenings(
     now_ms: int,
 ) -> list[Happening]:
     "What has happened to the holdings of an account since it was last followed."
-    step_ms, found = timeframe_ms(timeframe), []
-    due = {symbol: holding for symbol, holding in books.holdings.items() if holding.next_open_ms + step_ms <= now_ms}
+    step_ms, found, pieces = timeframe_ms(timeframe), list[Happening](), getattr(market, "pieces", None)
+    due = {symbol: holding for symbol, holding in books.holdings.items() if _close_ms(symbol, holding, step_ms, pieces) <= now_ms}
     trading = {instrument.symbol for instrument in market.fetch_instruments() if instrument.is_trading} if due else set()
     for symbol, holding in due.items():
-        bars = closed_bars(market, symbol, timeframe, holding.next_open_ms, now_ms)
+        if pieces:
+            bars = pieces.closed(symbol, holding.next_open_ms, now_ms)
+        else:
+            whole = closed_bars(market, symbol, timeframe, holding.next_open_ms, now_ms)
+            bars = [(bar.open_time_ms + step_ms, bar) for bar in whole]
         rates = past_settlements(market, symbol, holding.next_settlement_ms, now_ms)
-        found += [Happening(bar.open_time_ms + step_ms, symbol, bar) for bar in bars]
+        found += [Happening(close_ms, symbol, bar) for close_ms, bar in bars]
         found += [Happening(rate.time_ms, symbol, rate) for rate in rates]
         if symbol not in trading:
-            last_close_ms = bars[-1].open_time_ms + step_ms if bars else holding.next_open_ms
+            last_close_ms = bars[-1][0] if bars else holding.next_open_ms
             found.append(Happening(min(now_ms, last_close_ms + step_ms), symbol, None))
     return found
 
@@ -149,11 +177,13 @@ class PaperAccount:
         market: QuotePort,
         clock: Clock,
         config: Config,  # `paper`, `costs`, `exchange.timeframe`
+        frictions: Frictions = REAL,
     ) -> None:
         self.database, self._market, self._clock = database, market, clock
         self._timeframe = config.exchange.timeframe
         self._kept = _open_account(database, config, clock.now_ms())
-        self.venue = venue_of(config, timeframe_ms(self._timeframe), self._kept.seed)
+        self.venue = venue_of(config, timeframe_ms(self._timeframe), self._kept.seed, frictions)
+        self._looked_at, self._quiet_until_ms = self._kept.books, 0  # nothing happens to these books before that time
 
     def ask(self, question: Callable[[Connection, Books], Answer]) -> Answer:
         "The answer to a question that changes nothing; raises `StateError` for a row that does not read."
@@ -175,9 +205,12 @@ class PaperAccount:
 
     def _look(self) -> tuple[int, list[Happening]]:
         "The time, and what has happened since the books were last written; raises `RefusedError` for a clock that went back."
-        now_ms = self._clock.now_ms()
+        now_ms, books = self._clock.now_ms(), self._kept.books
         require_forward(self.database.location, now_ms, self._kept.reached_ms)
-        return now_ms, happenings(self._market, self._kept.books, self._timeframe, now_ms)
+        if books is self._looked_at and now_ms < self._quiet_until_ms:
+            return now_ms, []
+        self._looked_at, self._quiet_until_ms = books, next_close_ms(self._market, books, self._timeframe)
+        return now_ms, happenings(self._market, books, self._timeframe, now_ms)
 
     def _write(self, now_ms: int, found: list[Happening], action: Action | None) -> Submission | None:
         "Write what happened and what is asked for, in one transaction; None: somebody else was faster, or nothing was asked."
@@ -220,12 +253,25 @@ def _open_account(
                            "expected the same: set it back, or point paper.account_url at another file")
     return kept
 
+# %% ../../nbs/exchange/03_paper.ipynb #f234c575
+def marks_of(
+    market: QuotePort,
+    symbols: Collection[str],  # a symbol without a price is left out
+) -> dict[str, Decimal]:  # by symbol
+    "The marks of symbols."
+    if known := getattr(market, "marks", None):
+        marks: dict[str, Decimal] = known(symbols)
+        return marks
+    tickers = {ticker.symbol: ticker.mark for ticker in market.fetch_tickers()}
+    return {symbol: tickers[symbol] for symbol in symbols if symbol in tickers}
+
 # %% ../../nbs/exchange/03_paper.ipynb #b7bd80e7
 def met(
     market: QuotePort,
     request: OrderRequest,
     config: Config,  # `exchange.timeframe`, `strategy.vol_lookback`
     now_ms: int,
+    may_wait: bool = True,  # whether an order that crosses nothing waits
 ) -> tuple[Instrument | None, Ticker | None, Depth | None]:  # None: not listed; no book; no book
     "What an order meets in the market."
     instrument = next((found for found in market.fetch_instruments() if found.symbol == request.symbol), None)
@@ -233,7 +279,7 @@ def met(
     if instrument is None or ticker is None:
         return instrument, ticker, None
     is_buy, price = request.side == "Buy", request.price
-    if price is not None and (price < ticker.ask if is_buy else price > ticker.bid):
+    if may_wait and price is not None and (price < ticker.ask if is_buy else price > ticker.bid):
         return instrument, ticker, depth_of(ticker, ())
     step_ms = timeframe_ms(config.exchange.timeframe)
     start_ms = now_ms // step_ms * step_ms - (config.strategy.vol_lookback + 1) * step_ms
@@ -248,8 +294,8 @@ def placing(
     now_ms: int,
 ) -> Action:
     "Admit an order and match it, or refuse it."
-    instrument, ticker, depth = met(market, request, config, now_ms)
-    marks = {found.symbol: found.mark for found in market.fetch_tickers()}
+    instrument, ticker, depth = met(market, request, config, now_ms, venue.frictions.queue)
+    marks = marks_of(market, [each.symbol for each in market.fetch_instruments()])
 
     def place(connection: Connection, books: Books, now_ms: int) -> tuple[Step, Submission]:
         known = is_known(connection, request.link_id)
@@ -284,7 +330,7 @@ def stopping(
     market: QuotePort,
 ) -> Action:
     "Set the stop of a position."
-    mark = {ticker.symbol: ticker.mark for ticker in market.fetch_tickers()}.get(symbol)
+    mark = marks_of(market, [symbol]).get(symbol)
 
     def set_stop(connection: Connection, books: Books, now_ms: int) -> tuple[Step, Submission]:
         holding = books.holdings.get(symbol)
@@ -350,12 +396,16 @@ class PaperExchange(PassedThrough):
         config: Config,  # `paper`, `costs`, `execution.leverage`, `exchange.timeframe`, `strategy.vol_lookback`
         account_url: str | None = None,  # of the account's database; None: `paper.account_url`
         base: Path | None = None,  # folder that relative paths start from; None: the working folder
+        *,
+        database: Database | None = None,  # with the tables of `MIGRATIONS`, closed with the exchange; None: by its URL
+        frictions: Frictions = REAL,
     ) -> None:
         super().__init__(market)
         self._clock, self._config, self._leverage = clock, config, Decimal(config.execution.leverage)
-        self._database = open_database(account_url or config.paper.account_url, MIGRATIONS, base, key="paper.account_url")
+        url = account_url or config.paper.account_url
+        self._database = database or open_database(url, MIGRATIONS, base, key="paper.account_url")
         try:
-            self._account = PaperAccount(self._database, market, clock, config)
+            self._account = PaperAccount(self._database, market, clock, config, frictions)
             self._account.ask(lambda _, books: books)
         except BaseException:
             self._database.close()
@@ -404,7 +454,7 @@ class PaperExchange(PassedThrough):
 
     def _marked(self) -> Books:
         books = self._account.ask(lambda _, books: books)
-        return marked(books, {ticker.symbol: ticker.mark for ticker in self.fetch_tickers()}) if books.holdings else books
+        return marked(books, marks_of(self._market, books.holdings)) if books.holdings else books
 
     def close(self) -> None:
         "Close the account's file."

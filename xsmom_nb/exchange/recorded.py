@@ -5,6 +5,7 @@
 # %% ../../nbs/exchange/02_recorded.ipynb #a9cd4f74
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import ROUND_CEILING
@@ -17,6 +18,9 @@ from ..clock import Clock
 from ..clock import timeframe_ms
 from ..errors import DataError
 from ..errors import nearest_name
+from .frictions import REAL
+from .frictions import Frictions
+from .pieces import Pieces
 from ..market.panel import Panel
 from ..ports import Bar
 from ..ports import FundingRate
@@ -24,8 +28,8 @@ from ..ports import Instrument
 from ..ports import Ticker
 
 # %% auto #0
-__all__ = ['power_of_ten', 'derived_instrument', 'quoted', 'Recording', 'rows_between', 'instruments_at', 'tickers_at',
-           'RecordedMarket']
+__all__ = ['power_of_ten', 'derived_instrument', 'stepless', 'quoted', 'Recording', 'rows_between', 'instruments_at', 'closes_at',
+           'tickers_at', 'RecordedMarket']
 
 # %% ../../nbs/exchange/02_recorded.ipynb #3bdca82b
 def power_of_ten(
@@ -51,6 +55,17 @@ def derived_instrument(
         min_quantity=step, max_limit_quantity=step * 10**8, max_market_quantity=step * 10**7, min_notional=Decimal(5),
         max_leverage=Decimal(100), launch_time_ms=launch_time_ms, funding_interval_minutes=_FUNDING_MINUTES)
 
+# %% ../../nbs/exchange/02_recorded.ipynb #e48987c5
+def stepless(
+    rules: Instrument,
+    price: float,  # of the contract, quote currency
+) -> Instrument:
+    "The same contract with steps so fine that nothing is rounded."
+    leading = Decimal(repr(price)).adjusted()
+    step = power_of_ten(-leading - 10)
+    return replace(rules, price_tick=power_of_ten(leading - 14), quantity_step=step, min_quantity=step, min_notional=Decimal(0),
+                   max_limit_quantity=step * 10**20, max_market_quantity=step * 10**20)
+
 # %% ../../nbs/exchange/02_recorded.ipynb #ee859f91
 def quoted(
     last: Decimal,  # last price
@@ -69,6 +84,7 @@ class Recording:
     def __init__(
         self,
         panel: Panel,
+        frictions: Frictions = REAL,
     ) -> None:
         self.panel = panel
         self.step_ms = timeframe_ms(panel.timeframe)
@@ -77,12 +93,16 @@ class Recording:
         known = np.isfinite(panel.close)
         rows = np.arange(panel.shape[0], dtype=np.int32)
         self.bars = [np.flatnonzero(column) for column in known.T]  # rows that have a bar
+        self._last_rows = [int(bars[-1]) if bars.size else -1 for bars in self.bars]
         self.settled = [np.flatnonzero(column) for column in panel.funding.T]  # rows in which funding was settled
         self.newest = np.maximum.accumulate(np.where(known, rows[:, None], np.int32(-1)), axis=0)  # (T, N): last row with a bar
         self.instruments = {
             i: derived_instrument(panel.symbols[i], float(panel.close[bars[0], i]), int(panel.open_time_ms[bars[0]]))
             for i, bars in enumerate(self.bars) if bars.size
         }
+        if not frictions.lots:
+            self.instruments = {
+                i: stepless(rules, float(panel.close[self.bars[i][0], i])) for i, rules in self.instruments.items()}
 
     def column(self, symbol: str) -> int:
         "Column of a symbol; raises `DataError`."
@@ -97,7 +117,7 @@ class Recording:
 
     def is_over(self, column: int, row: int) -> bool:
         "Whether a symbol's bars have ended before `row` while those of others go on."
-        last_row = int(self.bars[column][-1])
+        last_row = self._last_rows[column]
         return last_row < row and last_row < self.panel.shape[0] - 1
 
 # %% ../../nbs/exchange/02_recorded.ipynb #bff6c11b
@@ -110,8 +130,7 @@ def rows_between(
 ) -> np.ndarray:  # int64
     "The first rows that open at or after `start_ms`."
     first_row = -((recording.start_ms - start_ms) // recording.step_ms)  # rounded up
-    first = int(np.searchsorted(rows, first_row))
-    end = int(np.searchsorted(rows, recording.row_at(now_ms), side="right"))
+    first, end = int(rows.searchsorted(first_row)), int(rows.searchsorted(recording.row_at(now_ms), side="right"))
     return rows[first : min(first + max(limit, 0), end)]
 
 # %% ../../nbs/exchange/02_recorded.ipynb #2e5af3e7
@@ -124,20 +143,41 @@ def instruments_at(
     return [replace(rules, status="Closed") if recording.is_over(i, row) else rules for i, rules in listed]
 
 # %% ../../nbs/exchange/02_recorded.ipynb #33503a5d
+def closes_at(
+    recording: Recording,
+    now_ms: int,  # UTC ms
+    pieces: Pieces | None = None,  # of the bars, where there are any
+    columns: Sequence[int] | None = None,  # of which symbols; None: of all
+) -> list[tuple[int, int, float]]:  # column, when that was the price (UTC ms), and the price
+    "The newest known price of each symbol that trades."
+    row, found = recording.row_at(now_ms), list[tuple[int, int, float]]()
+    if row < 0:
+        return found
+    newest = recording.newest[min(row, len(recording.newest) - 1)]
+    for i in columns if columns is not None else range(len(newest)):
+        last_row = int(newest[i])
+        if last_row < 0 or recording.is_over(i, row):
+            continue
+        inside = pieces.last_price(i, now_ms) if pieces else None
+        if inside is not None:
+            found.append((i, now_ms, inside))
+            continue
+        time_ms = now_ms if last_row == row else recording.start_ms + (last_row + 1) * recording.step_ms
+        found.append((i, time_ms, float(recording.panel.close[last_row, i])))
+    return found
+
+# %% ../../nbs/exchange/02_recorded.ipynb #56329cae
 def tickers_at(
     recording: Recording,
     now_ms: int,  # UTC ms
     half_spread: Decimal,  # distance of a side from the last price, a fraction of it
+    pieces: Pieces | None = None,  # of the bars, where there are any
 ) -> list[Ticker]:  # of the symbols that trade, ascending
     "Last known closes with a book around them."
-    row, tickers = recording.row_at(now_ms), []
-    newest = recording.newest[min(row, len(recording.newest) - 1)].tolist() if row >= 0 else []
-    for i, last_row in enumerate(newest):
-        if last_row < 0 or recording.is_over(i, row):
-            continue
-        last = Decimal(repr(float(recording.panel.close[last_row, i])))
+    tickers = []
+    for i, time_ms, price in closes_at(recording, now_ms, pieces):
+        last = Decimal(repr(price))
         bid, ask = quoted(last, recording.instruments[i].price_tick, half_spread)
-        time_ms = now_ms if last_row == row else recording.start_ms + (last_row + 1) * recording.step_ms
         tickers.append(Ticker(recording.panel.symbols[i], time_ms, bid, ask, last, last))
     return tickers
 
@@ -150,11 +190,15 @@ class RecordedMarket:
         panel: Panel,  # the recording, the future included
         clock: Clock,  # what is over by its time can be seen
         spread_bps: float,  # width of the book around the last price, bps
+        inner: Panel | None = None,  # shorter bars of some symbols over some of the time
+        frictions: Frictions = REAL,
     ) -> None:
-        self._recording, self._clock = Recording(panel), clock
+        self._recording, self._clock = Recording(panel, frictions), clock
+        self.pieces = Pieces(panel, inner) if inner is not None and frictions.inner_bars else None
         self._half_spread = Decimal(repr(spread_bps)) / 20_000
         self._instruments: tuple[int, list[Instrument]] = (-1, [])  # of which row
         self._tickers: tuple[int, list[Ticker]] = (-1, [])  # of which time
+        self._marks_ms, self._marks = -1, dict[str, Decimal]()  # of which time
 
     def fetch_bars(self, symbol: str, timeframe: str, start_ms: int, limit: int) -> Sequence[Bar]:
         "The first bars that open at or after `start_ms` and are over."
@@ -163,6 +207,10 @@ class RecordedMarket:
             raise DataError(f"{symbol}: bars of {timeframe} were not recorded; expected {panel.timeframe}")
         i = recording.column(symbol)
         rows = rows_between(recording, recording.bars[i], start_ms, self._clock.now_ms(), limit)
+        if len(rows) == 1:  # what a live cycle asks for
+            row = int(rows[0])
+            one = (float(field[row, i]) for field in (panel.open, panel.high, panel.low, panel.close, panel.volume))
+            return [Bar(int(panel.open_time_ms[row]), *one)]
         values = [field[rows, i].tolist() for field in (panel.open, panel.high, panel.low, panel.close, panel.volume)]
         return list(map(Bar, panel.open_time_ms[rows].tolist(), *values))
 
@@ -171,6 +219,8 @@ class RecordedMarket:
         recording, panel = self._recording, self._recording.panel
         i = recording.column(symbol)
         rows = rows_between(recording, recording.settled[i], start_ms - recording.step_ms, self._clock.now_ms(), limit)
+        if not len(rows):
+            return []
         return list(map(FundingRate, (panel.open_time_ms[rows] + recording.step_ms).tolist(), panel.funding[rows, i].tolist()))
 
     def fetch_instruments(self) -> Sequence[Instrument]:
@@ -184,5 +234,18 @@ class RecordedMarket:
         "Last known closes with a book around them, of every symbol that trades."
         now_ms = self._clock.now_ms()
         if self._tickers[0] != now_ms:
-            self._tickers = now_ms, tickers_at(self._recording, now_ms, self._half_spread)
+            self._tickers = now_ms, tickers_at(self._recording, now_ms, self._half_spread, self.pieces)
         return list(self._tickers[1])
+
+    def marks(
+        self,
+        symbols: Collection[str],
+    ) -> dict[str, Decimal]:  # of those among them that trade
+        "The marks of some symbols, as their tickers have them; for those who do not need the books around them."
+        recording, now_ms = self._recording, self._clock.now_ms()
+        if self._marks_ms != now_ms:
+            self._marks_ms, self._marks = now_ms, {}
+        if asked := [recording.columns[s] for s in symbols if s not in self._marks and s in recording.columns]:
+            closes = closes_at(recording, now_ms, self.pieces, asked)
+            self._marks |= {recording.panel.symbols[i]: Decimal(repr(price)) for i, _, price in closes}
+        return {symbol: self._marks[symbol] for symbol in symbols if symbol in self._marks}

@@ -5,20 +5,21 @@
 # %% ../../nbs/live/00_history.ipynb #7a47ed96
 from __future__ import annotations
 
+import copy
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..clock import format_utc, timeframe_ms
 from ..errors import DataError, RefusedError
-from ..market.panel import FIELDS, Panel, settlement_rows, whole_minutes
+from ..market.panel import FIELDS, Panel, panel_of_checked, settlement_rows, whole_minutes
 from ..market.sync import pages, patiently
-from ..ports import Bar, MarketDataPort
+from ..ports import Bar, FundingRate, MarketDataPort
 
 # %% auto #0
-__all__ = ['RECHECKED_BARS', 'PAGE', 'as_numbers', 'are_sound', 'History']
+__all__ = ['RECHECKED_BARS', 'PAGE', 'HEADROOM', 'as_numbers', 'are_sound', 'History']
 
 # %% ../../nbs/live/00_history.ipynb #7a3a81f2
 def as_numbers(
@@ -41,27 +42,48 @@ RECHECKED_BARS = 24  # how long a bar that has not come is asked for again
 PAGE = 1000  # bars or settlements asked for at once
 
 
-@dataclass
+HEADROOM = 512  # rows that a window can move before it is copied
+
+
 class _Window:
-    "The bars that are known; arrays of `rows` × symbols."
+    "The bars that are known; arrays of `rows` × symbols that lie in a longer store."
 
-    symbols: tuple[str, ...]  # ascending
-    rows: int
-    last_ms: int  # open time of the last row
-    step_ms: int
-    values: np.ndarray = field(init=False)  # the five fields of a bar, NaN where it is not known, shape (5, rows, N)
-    funding: np.ndarray = field(init=False)  # shape (rows, N)
-    settled_ms: np.ndarray = field(init=False)  # up to when settlements are known, int64, −1: nothing was asked yet, shape (N,)
+    def __init__(
+        self,
+        symbols: tuple[str, ...],  # ascending
+        rows: int,
+        last_ms: int,  # open time of the last row
+        step_ms: int,
+    ) -> None:
+        self.symbols, self.rows, self.last_ms, self.step_ms = symbols, rows, last_ms, step_ms
+        self.settled_ms = np.full(len(symbols), -1, dtype=np.int64)  # up to when settlements are known; −1: nothing was asked yet
+        self.end = rows  # row of the store behind the last of the window
+        self.unseen = rows  # how many of the last rows nobody has been shown
+        self.store = np.full((len(FIELDS) + 1, rows + HEADROOM, len(symbols)), np.nan)  # the fields of a bar, then funding
+        self.store[-1] = 0.0
 
-    def __post_init__(self) -> None:
-        n = len(self.symbols)
-        self.values, self.funding = np.full((len(FIELDS), self.rows, n), np.nan), np.zeros((self.rows, n))
-        self.settled_ms = np.full(n, -1, dtype=np.int64)
+    @property
+    def values(self) -> np.ndarray:
+        "The five fields of a bar, NaN where it is not known, shape (5, rows, N)."
+        return self.store[:-1, self.end - self.rows : self.end]
+
+    @property
+    def funding(self) -> np.ndarray:
+        "Shape (rows, N)."
+        return self.store[-1, self.end - self.rows : self.end]
 
     @property
     def first_ms(self) -> int:
         "Open time of the first row."
         return self.last_ms - (self.rows - 1) * self.step_ms
+
+    def open_for(
+        self,
+        row: int,  # first row of the window that is to be written
+    ) -> None:
+        "Take a copy of the store when a row is to be written that somebody has been shown."
+        if row < self.rows - self.unseen:
+            self.store, self.unseen = self.store.copy(), self.rows
 
 # %% ../../nbs/live/00_history.ipynb #e924c941
 def _moved(
@@ -70,12 +92,14 @@ def _moved(
     last_ms: int,  # open time of the new last row, not before the old one
 ) -> _Window:
     "A window further on, perhaps of other symbols, with what was known."
-    moved = _Window(symbols, window.rows, last_ms, window.step_ms)
-    kept = window.rows - (last_ms - window.last_ms) // window.step_ms
-    if kept > 0 and symbols == window.symbols:  # nearly always, and ten times as fast
-        moved.values[:, :kept], moved.funding[:kept] = window.values[:, -kept:], window.funding[-kept:]
-        moved.settled_ms[:] = window.settled_ms
+    shift = (last_ms - window.last_ms) // window.step_ms
+    if symbols == window.symbols and window.end + shift <= window.store.shape[1]:  # nearly always: nothing is copied
+        moved = copy.copy(window)
+        moved.last_ms, moved.end, moved.unseen = last_ms, window.end + shift, shift
+        moved.settled_ms = window.settled_ms.copy()
+        moved.store[:-1, window.end : moved.end], moved.store[-1, window.end : moved.end] = np.nan, 0.0
         return moved
+    moved, kept = _Window(symbols, window.rows, last_ms, window.step_ms), window.rows - shift
     old = [i for i, symbol in enumerate(window.symbols) if symbol in symbols]
     new = [symbols.index(window.symbols[i]) for i in old]
     if kept > 0:
@@ -141,6 +165,8 @@ class History:
         "Ask for the bars of a symbol that are missing."
         if (start_ms := _first_missing_ms(window, i)) is None:
             return
+        if start_ms == window.last_ms and self._fill_last(window, i, symbol):
+            return
 
         def read(start_ms: int, limit: int) -> Sequence[Bar]:
             return patiently(lambda: self._port.fetch_bars(symbol, self._timeframe, start_ms, limit), sleep=self._sleep)
@@ -150,29 +176,48 @@ class History:
             sound = are_sound(numbers)
             self.refused += [f"{symbol}: {page[k]} cannot be; it counts as missing" for k in np.flatnonzero(~sound)]
             rows = ((numbers[sound, 0] - window.first_ms) // window.step_ms).astype(np.int64)
+            window.open_for(int(rows.min(initial=window.rows)))
             window.values[:, rows, i] = numbers[sound, 1:].T
+
+    def _fill_last(self, window: _Window, i: int, symbol: str) -> bool:  # False: it is to be done with all care
+        "Ask for the last bar alone, which is all that is missing nearly always."
+        answer = patiently(lambda: self._port.fetch_bars(symbol, self._timeframe, window.last_ms, 1), sleep=self._sleep)
+        if len(answer) != 1:
+            return not answer
+        bar = answer[0]
+        prices = bar.open, bar.high, bar.low, bar.close
+        sound = all(0 < price < math.inf for price in prices) and bar.high >= bar.low and 0 <= bar.volume < math.inf
+        if bar.open_time_ms != window.last_ms or not sound:
+            return False
+        window.open_for(window.rows - 1)
+        window.values[:, -1, i] = *prices, bar.volume
+        return True
 
     def _fill_funding(self, window: _Window, i: int, symbol: str) -> None:
         "Ask for the settlements of a symbol since the last one known."
         until_ms = window.last_ms + window.step_ms
         stretch = max(int(window.settled_ms[i]), window.first_ms) + 1, until_ms + 30_000
 
-        def read(start_ms: int, limit: int) -> Sequence[object]:
+        def read(start_ms: int, limit: int) -> Sequence[FundingRate]:
             return patiently(lambda: self._port.fetch_funding(symbol, start_ms, limit), sleep=self._sleep)
 
         for page in pages(read, lambda each: each.time_ms, stretch, 1, PAGE):
             minutes = whole_minutes(np.array([each.time_ms for each in page], dtype=np.int64))
             rows = settlement_rows(minutes, window.first_ms, window.step_ms)
             inside = (rows >= 0) & (rows < window.rows)
+            window.open_for(int(rows[inside].min(initial=window.rows)))
             np.add.at(window.funding[:, i], rows[inside], np.array([each.rate for each in page])[inside])
             window.settled_ms[i] = page[-1].time_ms
 
 # %% ../../nbs/live/00_history.ipynb #21d7d0b5
 def _panel_of(window: _Window, timeframe: str, origin: str) -> Panel:
     "The window as a panel, from the first row that holds anything."
-    some = np.isfinite(window.values[3]).any(axis=1)
-    first = int(some.argmax()) if some.any() else window.rows - 1
+    closes, first = window.values[3], 0
+    if np.isnan(closes[0]).all():
+        some = np.isfinite(closes).any(axis=1)
+        first = int(some.argmax()) if some.any() else window.rows - 1
     times = window.first_ms + window.step_ms * np.arange(first, window.rows, dtype=np.int64)
-    fields = dict(zip(FIELDS, window.values[:, first:], strict=True))
-    return Panel(symbols=window.symbols, open_time_ms=times, funding=window.funding[first:], timeframe=timeframe, origin=origin,
-                 **fields)
+    shown = window.store[:, window.end - window.rows + first : window.end]
+    shown.flags.writeable = times.flags.writeable = False
+    window.unseen = 0
+    return panel_of_checked(window.symbols, times, list(shown[:-1]), shown[-1], timeframe, origin)

@@ -17,7 +17,7 @@ from ..errors import DataError, UsageError, nearest_name
 
 # %% auto #0
 __all__ = ['FIELDS', 'times_ms', 'bar_arrays', 'whole_minutes', 'settlement_rows', 'settlements', 'funding_by_bar', 'Panel',
-           'resample']
+           'panel_of_checked', 'resample']
 
 # %% ../../nbs/market/00_panel.ipynb #137a9f81
 FIELDS = ("open", "high", "low", "close", "volume")  # the numbers of a bar, in the order files keep them
@@ -309,6 +309,25 @@ def _check_shape(
         t, i = unknown[0]
         value = f"funding is {panel.funding[t, i]}"
         raise _refusal(panel.symbols[i], panel.open_time_ms[t], value, "a finite number, 0 where none settled")
+
+# %% ../../nbs/market/00_panel.ipynb #3f37e1a8
+def panel_of_checked(
+    symbols: tuple[str, ...],  # ascending
+    open_time_ms: np.ndarray,  # int64, shape (T,)
+    values: Sequence[np.ndarray],  # the five of `FIELDS`, each checked bar by bar, shape (T, N)
+    funding: np.ndarray,  # shape (T, N)
+    timeframe: str,
+    origin: str,
+) -> Panel:
+    "A panel of bars that were checked one by one before; arrays that are read-only and in C order are taken as they are."
+    panel: Panel = object.__new__(Panel)
+    arrays = {"open_time_ms": _sealed(open_time_ms, np.int64), **dict(zip(FIELDS, map(_sealed, values), strict=True))}
+    parts = {"symbols": symbols, **arrays, "funding": _sealed(funding), "timeframe": timeframe, "origin": origin,
+             "without_funding": ()}
+    for name, value in parts.items():
+        object.__setattr__(panel, name, value)
+    _check_shape(panel)
+    return panel
 
 # %% ../../nbs/market/00_panel.ipynb #15d5af99
 def _slice(
