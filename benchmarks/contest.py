@@ -45,7 +45,7 @@ def equity_of(worker: Worker, work: Work, folder: Path) -> np.ndarray:
 def equity_error(worker: Worker, kernel: Worker, work: Work, folder: Path) -> tuple[float, str]:
     "Largest relative difference from our kernel's equity on the same work, and under which frictions; raises past the tolerance."
     engine = ENGINES[worker.engine]
-    frictions = engine.compared_under or "all"
+    frictions = work.frictions if work.frictions != "all" else engine.compared_under or "all"
     checked = own_work(worker.engine, work).but(frictions=frictions)
     if worker.engine == "bt":
         checked = checked.but(first_rows=min(checked.first_rows or checked.rows, BT_ROWS))

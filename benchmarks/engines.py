@@ -169,7 +169,8 @@ class BT:
         account = drifted_holdings(panel, config, targets, keep=True)
         self.close = panel.frame("close").tz_localize(None).ffill().bfill()
         acts = np.flatnonzero(account.traded.any(axis=1))
-        self.book = pd.DataFrame(account.share[acts], index=self.close.index[acts], columns=self.close.columns)
+        held = np.where(account.share[acts] != 0.0, account.share[acts], np.nan)  # NaN: closed, and not looked at again
+        self.book = pd.DataFrame(held, index=self.close.index[acts], columns=self.close.columns)
         self.rate, self.cash = fee_rate(config), config.backtest.initial_equity
 
     def run(self) -> dict[str, Taken]:

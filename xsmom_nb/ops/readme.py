@@ -125,7 +125,8 @@ def engine_lines(
             lines.append(f"| {row['setting']} | {row['engine']} | {row['absent']} | | | | |")
             continue
         whole, scale = digits(row["whole_ms"]), row["whole_ms"] / row["median_ms"]
-        mark = f" (from {row['bars']:,} bars)" if row["extrapolated"] else ""
+        parts = ", ".join(f"{part} {digits(taken)}" for part, taken in row["parts_ms"].items())
+        mark = f" (from {row['bars']:,} bars)" if row["extrapolated"] else f" ({parts})" if len(row["parts_ms"]) > 1 else ""
         error = ("" if row["same_equity"] else "other work, ") + f"{row['equity_error']:.0e}"
         error = "–" if row["engine"] == "kernel" else error
         cells = (row["setting"], row["engine"], whole + mark, digits(row["min_ms"] * scale), digits(row["times_kernel"]), error,
