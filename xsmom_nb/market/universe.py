@@ -14,9 +14,9 @@ from ..compiled import njit, stage
 @njit
 def finite_runs(
     close: np.ndarray,  # shape (T, N), NaN where a bar is missing
-) -> np.ndarray:  # int32, shape (T, N)
+) -> np.ndarray:  # int64, shape (T, N)
     "For each row and symbol, how many closes in a row, up to and with this one, are there."
-    out = np.zeros(close.shape, dtype=np.int32)
+    out = np.zeros(close.shape, dtype=np.int64)
     for t in range(close.shape[0]):
         for i in range(close.shape[1]):
             if np.isfinite(close[t, i]):
@@ -44,10 +44,10 @@ def day_quote_volume(
 # %% ../../nbs/market/04_universe.ipynb #229f83a3
 @stage
 def _keep_largest(
-    eligible: np.ndarray,  # bool: who may be in, shape (N,)
+    eligible: np.ndarray,  # 1 or 0: who may be in, shape (N,)
     day_volume: np.ndarray,  # quote volume of the last 24 h, shape (N,)
     most: int,  # how many are kept, at least 1 and fewer than are eligible
-    out: np.ndarray,  # bool, shape (N,): a guess, such as who was in at the row before; then who is in
+    out: np.ndarray,  # 1 or 0, shape (N,): a guess, such as who was in at the row before; then who is in
 ) -> None:
     "The `most` largest of the eligible."
     count = 0
@@ -75,38 +75,39 @@ def universe_row(
     runs: np.ndarray,  # closes in a row so far, shape (N,)
     close: np.ndarray,  # shape (N,)
     day_volume: np.ndarray,  # quote volume of the last 24 h, shape (N,)
-    admitted: np.ndarray,  # bool: on the whitelist if there is one, and not on the banlist, shape (N,)
+    admitted: np.ndarray,  # 1 or 0: on the whitelist if there is one, and not on the banlist, shape (N,)
     warmup_bars: int,  # closes in a row that are needed
     min_price: float,  # in quote currency
     min_quote_volume: float,  # of 24 h, in quote currency
     max_symbols: int,  # at most so many
-    eligible: np.ndarray,  # bool, shape (N,); overwritten
-    out: np.ndarray,  # bool, shape (N,): who was in at the row before, or anybody; then who is in
+    incumbents: np.ndarray,  # 1 or 0, shape (N,): who was in when there was too little room, or anybody; updated where there is
+    out: np.ndarray,  # 1 or 0, shape (N,): who is in; written
 ) -> int:  # how many are in
     "Decide the universe of one row."
     count = 0
     for i in range(out.size):
-        eligible[i] = admitted[i] & (runs[i] >= warmup_bars)
+        out[i] = admitted[i] & (runs[i] >= warmup_bars)
+        count += out[i]
     if min_price > 0.0 or min_quote_volume > 0.0:
+        count = 0
         for i in range(out.size):
-            eligible[i] &= (close[i] >= min_price) & (day_volume[i] >= min_quote_volume)
+            out[i] &= (close[i] >= min_price) & (day_volume[i] >= min_quote_volume)
+            count += out[i]
+    if count <= max_symbols:
+        return count
+    _keep_largest(out, day_volume, max_symbols, incumbents)
     for i in range(out.size):
-        count += eligible[i]
-    if count > max_symbols:
-        _keep_largest(eligible, day_volume, max_symbols, out)
-        return max_symbols
-    for i in range(out.size):
-        out[i] = eligible[i]
-    return count
+        out[i] = incumbents[i]
+    return max_symbols
 
 # %% ../../nbs/market/04_universe.ipynb #0d99100d
 def admitted_symbols(
     symbols: tuple[str, ...],  # of the panel, length N
     whitelist: tuple[str, ...],  # empty: everybody
     banlist: tuple[str, ...],
-) -> np.ndarray:  # bool, shape (N,)
+) -> np.ndarray:  # 1 or 0, int64, shape (N,)
     "Which symbols the configured lists let in."
-    return np.array([(not whitelist or name in whitelist) and name not in banlist for name in symbols], dtype=np.bool_)
+    return np.array([(not whitelist or name in whitelist) and name not in banlist for name in symbols], dtype=np.int64)
 
 # %% ../../nbs/market/04_universe.ipynb #8d382e92
 def why_outside(

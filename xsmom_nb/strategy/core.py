@@ -48,9 +48,9 @@ class Market(NamedTuple):
     inverse_close: np.ndarray  # 1 / close, shape (T, N)
     returns: np.ndarray  # close / close before − 1, 0 where either is missing, shape (T, N)
     returns_by_symbol: np.ndarray  # the same, shape (N, T)
-    runs: np.ndarray  # closes in a row so far, 0 where the close is missing, int32, shape (T, N)
+    runs: np.ndarray  # closes in a row so far, 0 where the close is missing, int64, shape (T, N)
     day_volume: np.ndarray  # quote volume of the last 24 h, shape (T, N)
-    admitted: np.ndarray  # bool: whitelist and banlist, shape (N,)
+    admitted: np.ndarray  # 1 or 0: whitelist and banlist, shape (N,)
     bar_number: np.ndarray  # whole bars since 1970 at each close, int64, shape (T,)
     filter_kinds: np.ndarray  # numbers of the enabled filters, int64, shape (F,)
     filter_parameters: np.ndarray  # shape (F, 2)
@@ -142,15 +142,15 @@ STAGES = ("raw", "side", "cap", "neutral", "volatility_target")  # what `weigh_r
 
 class Memory(NamedTuple):
     "The core's memory between rows, and the scratch arrays of one row."
-    members: np.ndarray  # bool: the universe of the row, shape (N,)
+    members: np.ndarray  # 1 or 0: the universe of the row, shape (N,)
     volatility: np.ndarray  # of one bar, of the last row that was decided, shape (N,)
-    eligible: np.ndarray  # bool: scratch of the universe, shape (N,)
+    incumbents: np.ndarray  # 1 or 0: the universe of the last row that had too little room, shape (N,)
     sums: np.ndarray  # window sums of `slide_sums`, shape (2, N)
     spread: np.ndarray  # cross-sectional variance of each row, shape (T,)
     spread_sums: np.ndarray  # window sum and count of `slide_spread`, shape (2,)
     scores: np.ndarray  # scratch of one row, shape (N,)
     momentum: np.ndarray  # shape (N,)
-    ranked: np.ndarray  # bool: members that move at all, shape (N,)
+    ranked: np.ndarray  # 1 or 0: members that move at all, shape (N,)
     z: np.ndarray  # shape (N,)
     permissions: Permissions
     names: np.ndarray  # chosen columns, longs first, int64, shape (2·k_max,)
@@ -167,11 +167,11 @@ def fresh_memory(
 ) -> Memory:
     "An empty memory for a walk."
     rows, n = market.close.shape
-    flags = np.zeros((5, n), dtype=np.bool_)
+    flags = np.zeros((5, n), dtype=np.int64)
     permissions = Permissions(
         longs=flags[2], shorts=flags[3], multiplier=np.ones(n), removed=np.full(n * traced, -1, dtype=np.int8))
     return Memory(
-        members=flags[0], volatility=np.full(n, np.nan), eligible=flags[4], sums=np.zeros((2, n)),
+        members=flags[0], volatility=np.full(n, np.nan), incumbents=flags[4], sums=np.zeros((2, n)),
         spread=np.full(rows, np.nan), spread_sums=np.zeros(2), scores=np.zeros(n),
         momentum=np.zeros(n), ranked=flags[1], z=np.zeros(n), permissions=permissions,
         names=np.zeros(2 * parameters.k_max, dtype=np.int64), book=np.zeros(2 * parameters.k_max),
@@ -190,7 +190,7 @@ def remember_row(
     "Take row t into the memory: universe, sums for the volatility, spread of returns."
     universe_row(
         market.runs[t], market.close[t], market.day_volume[t], market.admitted, parameters.warmup_bars,
-        parameters.min_price, parameters.min_quote_volume, parameters.max_symbols, memory.eligible, memory.members)
+        parameters.min_price, parameters.min_quote_volume, parameters.max_symbols, memory.incumbents, memory.members)
     slide_sums(market.returns, t, market.bar_number[t], parameters.vol_lookback, memory.sums)
     memory.spread[t] = mean_and_variance(market.returns[t], memory.members, memory.scores)[2]
     slide_spread(memory.spread, t, market.bar_number[t], parameters.vol_lookback, memory.spread_sums)
@@ -205,7 +205,8 @@ def choose_row(
 ) -> tuple[int, int, bool]:  # longs and shorts at the front of `memory.names`, and whether new entries are allowed
     "Score the universe of row t, ask the filters, and choose the names of both sides."
     volatility_row(memory.sums, market.runs[t], parameters.vol_lookback, memory.members, memory.volatility, memory.ranked)
-    momentum_row(market.inverse_close, t, parameters.lookbacks, parameters.lookback_weights, memory.momentum)
+    momentum_row(
+        market.close, market.inverse_close, t, parameters.lookbacks, parameters.lookback_weights, memory.momentum)
     deviation = zscore_row(memory.momentum, memory.ranked, memory.scores, memory.z)
     may_enter = apply_filters(
         market.filter_kinds, market.filter_parameters, market.features, t, memory.ranked, memory.permissions)

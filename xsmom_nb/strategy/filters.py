@@ -21,8 +21,8 @@ from .indicators import adx, ema
 # %% ../../nbs/strategy/02_filters.ipynb #605c747f
 class Permissions(NamedTuple):
     "What the filters leave of a row; row rules change it in place."
-    longs: np.ndarray  # bool, shape (N,): may be held long
-    shorts: np.ndarray  # bool, shape (N,): may be held short
+    longs: np.ndarray  # 1 or 0, int64, shape (N,): may be held long
+    shorts: np.ndarray  # 1 or 0, int64, shape (N,): may be held short
     multiplier: np.ndarray  # factor ≥ 0 of the raw weight, shape (N,)
     removed: np.ndarray  # place in the pipeline of the filter that closed the last side, −1: none did; int8, shape (N,) or (0,)
 
@@ -141,7 +141,7 @@ def apply_filters(
     parameters: np.ndarray,  # shape (F, 2)
     features: np.ndarray,  # shape (F, T, N)
     t: int,  # the row that is decided
-    members: np.ndarray,  # bool: who is in the row at all, shape (N,)
+    members: np.ndarray,  # 1 or 0: who is in the row at all, shape (N,)
     permissions: Permissions,  # written
 ) -> bool:  # False: no new entries in this row
     "Run the pipeline on row t. A multiplier of 0 closes both sides, so that the next in rank takes the place."

@@ -16,7 +16,8 @@ from .sums import moments
 # %% ../../nbs/strategy/01_momentum.ipynb #4042bf18
 @stage
 def momentum_row(
-    inverse_close: np.ndarray,  # 1 / close, shape (T, N); rows t and t − lookback are read
+    close: np.ndarray,  # shape (T, N); row t is read
+    inverse_close: np.ndarray,  # 1 / close, shape (T, N); rows t − lookback are read
     t: int,  # the row that is decided
     lookbacks: np.ndarray,  # in bars, int64, shape (J,)
     lookback_weights: np.ndarray,  # shape (J,), summing to 1
@@ -32,7 +33,7 @@ def momentum_row(
         for i in range(out.size):
             out[i] += weight * inverse_close[then, i]
     for i in range(out.size):
-        out[i] = out[i] / inverse_close[t, i] - 1.0
+        out[i] = close[t, i] * out[i] - 1.0
 
 # %% ../../nbs/strategy/01_momentum.ipynb #651b60ae
 REBUILD_BARS = 256
@@ -82,9 +83,9 @@ def volatility_row(
     sums: np.ndarray,  # sum and sum of squares of the window, shape (2, N)
     runs: np.ndarray,  # closes in a row so far, shape (N,)
     lookback: int,  # in bars
-    members: np.ndarray,  # bool: the universe of the row, shape (N,)
+    members: np.ndarray,  # 1 or 0: the universe of the row, shape (N,)
     out: np.ndarray,  # sample deviation of the last `lookback` returns, shape (N,); written, NaN unless all are there
-    ranked: np.ndarray,  # bool: members that move at all, shape (N,); written
+    ranked: np.ndarray,  # 1 or 0: members that move at all, shape (N,); written
 ) -> None:
     "Rolling volatility (ddof 1) of one row, and who takes part in its ranking."
     share, unbiased = 1.0 / lookback, 1.0 / (lookback - 1.0)
@@ -98,7 +99,7 @@ def volatility_row(
 @stage
 def mean_and_variance(
     values: np.ndarray,  # shape (N,)
-    members: np.ndarray,  # bool, shape (N,)
+    members: np.ndarray,  # 1 or 0, shape (N,)
     scratch: np.ndarray,  # shape (N,); overwritten
 ) -> tuple[int, float, float]:  # how many members, their mean, their population variance; NaN with fewer than 3
     "Cross-sectional moments of one row (ddof 0), in one pass about the first member's value."
@@ -121,7 +122,7 @@ MIN_DEVIATION = 1e-12  # a row that spreads less has no winners
 @stage
 def zscore_row(
     values: np.ndarray,  # shape (N,)
-    members: np.ndarray,  # bool, shape (N,)
+    members: np.ndarray,  # 1 or 0, shape (N,)
     scratch: np.ndarray,  # shape (N,); overwritten
     out: np.ndarray,  # z-score, shape (N,); written, 0 outside `members`
 ) -> float:  # population standard deviation of the members' values; 0 with fewer than 3

@@ -36,8 +36,9 @@ def rank_sides(
     "The `k` strongest candidates of each side."
     longs, shorts = permissions.longs, permissions.shorts
     for i in range(z.size):
-        wanted = (longs[i] & (z[i] > 0.0)) | (shorts[i] & (z[i] < 0.0))
-        scores[i] = z[i] if wanted & (np.abs(z[i]) >= entry_zscore_min) else 0.0
+        score = z[i]
+        wanted = (longs[i] & (score > 0.0)) | (shorts[i] & (score < 0.0))
+        scores[i] = score if (wanted == 1) & (np.abs(score) >= entry_zscore_min) else 0.0
     above, below = 0, 0
     for _ in range(k):
         top, highest, bottom, lowest = -1, 0.0, -1, 0.0

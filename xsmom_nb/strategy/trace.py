@@ -38,12 +38,12 @@ def filter_views(
     "Ask each enabled filter about each symbol of row t."
     views, n = [], market.close.shape[1]
     for place, kind in enumerate(enabled_filters(config)):
-        flags = np.ones((2, n), dtype=np.bool_)
+        flags = np.ones((2, n), dtype=np.int64)
         permissions = Permissions(flags[0], flags[1], np.ones(n), np.zeros(0, dtype=np.int8))
         value = market.features[place, t]
         filter_row(kind, market.filter_parameters[place], value, market.features[place, max(t - 1, 0)], permissions)
         each = REGISTRY[kind]
-        views.append(FilterView(each.name, each.rule(config), value, flags[0], flags[1], permissions.multiplier))
+        views.append(FilterView(each.name, each.rule(config), value, flags[0] == 1, flags[1] == 1, permissions.multiplier))
     return tuple(views)
 
 # %% ../../nbs/strategy/07_trace.ipynb #06a00feb
@@ -103,7 +103,8 @@ def trace_row(
     may_enter = core_rows(market, parameters, memory, weights)
     row = CoreRow(
         weights=weights[0], may_enter=bool(may_enter), names_per_side=int(memory.choice[1]), dispersion=float(memory.choice[0]),
-        members=memory.members, ranked=memory.ranked, momentum=memory.momentum, volatility=memory.volatility, z=memory.z,
+        members=memory.members == 1, ranked=memory.ranked == 1,
+        momentum=memory.momentum, volatility=memory.volatility, z=memory.z,
         rank=_ranks(memory, parameters.entry_zscore_min), removed=memory.permissions.removed,
         filters=filter_views(market, config, panel.shape[0] - 1), stages=_stages(memory, weights[0]))
     return row, market, parameters
