@@ -20,6 +20,7 @@ import pytest
 INTERPRETED = bool(numba.config.DISABLE_JIT)
 os.environ.pop("NUMBA_DISABLE_JIT", None)  # numba has read it; what a notebook starts, a run for instance, is compiled
 ONLY_COMPILED = {  # module to what Python does otherwise
+    "backtest.batch": "backtests a hundred configs, which takes Python minutes; the kernel's own notebook reaches every line",
     "backtest.earnings": "backtests every phase, which takes Python minutes",
     "backtest.vector": "backtests years of bars, which takes Python minutes; the kernel's own notebook reaches every line",
     "compiled": "is about compiling",
