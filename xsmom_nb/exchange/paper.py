@@ -61,9 +61,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # %% auto #0
-__all__ = ['Answer', 'Action', 'is_whole', 'closed_bars', 'past_settlements', 'next_close_ms', 'happenings', 'require_forward',
-           'PaperAccount', 'marks_of', 'met', 'placing', 'cancelling', 'stopping', 'answered', 'PassedThrough',
-           'PaperExchange', 'totals', 'price_result']
+__all__ = ['Answer', 'Action', 'is_whole', 'closed_bars', 'past_settlements', 'next_close_ms', 'happenings', 'Watch',
+           'require_forward', 'PaperAccount', 'marks_of', 'met', 'placing', 'cancelling', 'stopping', 'answered',
+           'PassedThrough', 'PaperExchange', 'totals', 'price_result']
 
 # %% ../../nbs/exchange/03_paper.ipynb #18adea68
 _PAGE = 1000  # bars or settlements asked for at a time
@@ -152,6 +152,29 @@ def happenings(
             found.append(Happening(min(now_ms, last_close_ms + step_ms), symbol, None))
     return found
 
+# %% ../../nbs/exchange/03_paper.ipynb #af6f17a1
+class Watch:
+    "What happens to books, asked for only when something can have."
+
+    def __init__(
+        self,
+        market: QuotePort,
+        timeframe: str,  # of the bars
+    ) -> None:
+        self._market, self._timeframe = market, timeframe
+        self._seen: tuple[Books | None, int] = None, 0  # books, and before which time nothing happens to them, UTC ms
+
+    def look(
+        self,
+        books: Books,
+        now_ms: int,
+    ) -> list[Happening]:
+        "What has happened to the holdings since they were last followed."
+        if books is self._seen[0] and now_ms < self._seen[1]:
+            return []
+        self._seen = books, next_close_ms(self._market, books, self._timeframe)
+        return happenings(self._market, books, self._timeframe, now_ms)
+
 # %% ../../nbs/exchange/03_paper.ipynb #9ad2f93b
 def require_forward(
     location: str,  # the account's file, as a message names it
@@ -180,10 +203,9 @@ class PaperAccount:
         frictions: Frictions = REAL,
     ) -> None:
         self.database, self._market, self._clock = database, market, clock
-        self._timeframe = config.exchange.timeframe
         self._kept = _open_account(database, config, clock.now_ms())
-        self.venue = venue_of(config, timeframe_ms(self._timeframe), self._kept.seed, frictions)
-        self._looked_at, self._quiet_until_ms = self._kept.books, 0  # nothing happens to these books before that time
+        self.venue = venue_of(config, timeframe_ms(config.exchange.timeframe), self._kept.seed, frictions)
+        self._watch = Watch(market, config.exchange.timeframe)
 
     def ask(self, question: Callable[[Connection, Books], Answer]) -> Answer:
         "The answer to a question that changes nothing; raises `StateError` for a row that does not read."
@@ -205,12 +227,9 @@ class PaperAccount:
 
     def _look(self) -> tuple[int, list[Happening]]:
         "The time, and what has happened since the books were last written; raises `RefusedError` for a clock that went back."
-        now_ms, books = self._clock.now_ms(), self._kept.books
+        now_ms = self._clock.now_ms()
         require_forward(self.database.location, now_ms, self._kept.reached_ms)
-        if books is self._looked_at and now_ms < self._quiet_until_ms:
-            return now_ms, []
-        self._looked_at, self._quiet_until_ms = books, next_close_ms(self._market, books, self._timeframe)
-        return now_ms, happenings(self._market, books, self._timeframe, now_ms)
+        return now_ms, self._watch.look(self._kept.books, now_ms)
 
     def _write(self, now_ms: int, found: list[Happening], action: Action | None) -> Submission | None:
         "Write what happened and what is asked for, in one transaction; None: somebody else was faster, or nothing was asked."
@@ -386,7 +405,23 @@ class PassedThrough:
         return self._market.fetch_tickers()
 
 # %% ../../nbs/exchange/03_paper.ipynb #b7bebcd0
-class PaperExchange(PassedThrough):
+class _WithDatabase(PassedThrough):
+    "Something that holds a database open."
+
+    _database: Database
+
+    def close(self) -> None:
+        "Close the account's file."
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+# %% ../../nbs/exchange/03_paper.ipynb #ea271c77
+class PaperExchange(_WithDatabase):
     "A paper account on a market; an `ExchangePort`."
 
     def __init__(
@@ -455,16 +490,6 @@ class PaperExchange(PassedThrough):
     def _marked(self) -> Books:
         books = self._account.ask(lambda _, books: books)
         return marked(books, marks_of(self._market, books.holdings)) if books.holdings else books
-
-    def close(self) -> None:
-        "Close the account's file."
-        self._database.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 # %% ../../nbs/exchange/03_paper.ipynb #ed318ffe
 def totals(

@@ -107,6 +107,21 @@ def in_words(
     return f"{len(said):,} bars are not confirmed by their pieces and count as a whole ({counts}); the first: {said[0]}"
 
 # %% ../../nbs/exchange/01b_pieces.ipynb #7bdb3a8d
+def _bar_at(
+    panel: Panel,
+    first_ms: int,  # open time of its first row, UTC ms
+    step_ms: int,  # length of its bars
+    column: int,
+    open_ms: int,  # of the bar
+) -> Bar | None:  # None: there is none
+    "One bar of a panel."
+    row = (open_ms - first_ms) // step_ms
+    if not 0 <= row < panel.shape[0] or panel.close[row, column] != panel.close[row, column]:
+        return None
+    prices = (float(each[row, column]) for each in (panel.open, panel.high, panel.low, panel.close, panel.volume))
+    return Bar(open_ms, *prices)
+
+# %% ../../nbs/exchange/01b_pieces.ipynb #47f8f5d6
 class Pieces:
     "Short bars with the long bars they belong to, and where they can be trusted."
 
@@ -155,8 +170,8 @@ class Pieces:
             start_ms = open_ms + step_ms
             if start_ms > now_ms:
                 break
-            bar = self._bar(self.inner, self._inner_first_ms, step_ms, self.inner_columns[i], open_ms) if split else self._bar(
-                self.panel, self._first_ms, step_ms, i, open_ms)
+            whose = (self.inner, self._inner_first_ms) if split else (self.panel, self._first_ms)
+            bar = _bar_at(*whose, step_ms, self.inner_columns[i] if split else i, open_ms)
             if bar is not None:
                 found.append((start_ms, bar))
         return found
@@ -171,11 +186,3 @@ class Pieces:
             return None
         row = (now_ms - self._inner_first_ms) // self.short_ms - 1
         return float(self.inner.close[row, self.inner_columns[column]])
-
-    @staticmethod
-    def _bar(panel: Panel, first_ms: int, step_ms: int, column: int, open_ms: int) -> Bar | None:
-        row = (open_ms - first_ms) // step_ms
-        if not 0 <= row < panel.shape[0] or panel.close[row, column] != panel.close[row, column]:
-            return None
-        prices = (float(each[row, column]) for each in (panel.open, panel.high, panel.low, panel.close, panel.volume))
-        return Bar(open_ms, *prices)

@@ -182,6 +182,12 @@ def tickers_at(
     return tickers
 
 # %% ../../nbs/exchange/02_recorded.ipynb #dd822158
+def _one_bar(panel: Panel, row: int, i: int) -> Bar:
+    "One bar of a panel."
+    values = (float(field[row, i]) for field in (panel.open, panel.high, panel.low, panel.close, panel.volume))
+    return Bar(int(panel.open_time_ms[row]), *values)
+
+# %% ../../nbs/exchange/02_recorded.ipynb #477e19d1
 class RecordedMarket:
     "A panel behind a clock; a `QuotePort`."
 
@@ -208,9 +214,7 @@ class RecordedMarket:
         i = recording.column(symbol)
         rows = rows_between(recording, recording.bars[i], start_ms, self._clock.now_ms(), limit)
         if len(rows) == 1:  # what a live cycle asks for
-            row = int(rows[0])
-            one = (float(field[row, i]) for field in (panel.open, panel.high, panel.low, panel.close, panel.volume))
-            return [Bar(int(panel.open_time_ms[row]), *one)]
+            return [_one_bar(panel, int(rows[0]), i)]
         values = [field[rows, i].tolist() for field in (panel.open, panel.high, panel.low, panel.close, panel.volume)]
         return list(map(Bar, panel.open_time_ms[rows].tolist(), *values))
 
@@ -241,11 +245,11 @@ class RecordedMarket:
         self,
         symbols: Collection[str],
     ) -> dict[str, Decimal]:  # of those among them that trade
-        "The marks of some symbols, as their tickers have them; for those who do not need the books around them."
+        "The marks of some symbols, as their tickers have them, without the books around them."
         recording, now_ms = self._recording, self._clock.now_ms()
         if self._marks_ms != now_ms:
             self._marks_ms, self._marks = now_ms, {}
         if asked := [recording.columns[s] for s in symbols if s not in self._marks and s in recording.columns]:
-            closes = closes_at(recording, now_ms, self.pieces, asked)
-            self._marks |= {recording.panel.symbols[i]: Decimal(repr(price)) for i, _, price in closes}
+            found = closes_at(recording, now_ms, self.pieces, asked)
+            self._marks |= {recording.panel.symbols[i]: Decimal(repr(price)) for i, _, price in found}
         return {symbol: self._marks[symbol] for symbol in symbols if symbol in self._marks}

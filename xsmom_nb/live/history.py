@@ -123,6 +123,40 @@ def _first_missing_ms(
     earlier = np.flatnonzero(np.isfinite(window.values[3, :begin, i]))
     return window.first_ms + (int(earlier[-1]) + 1 if earlier.size else 0) * window.step_ms
 
+# %% ../../nbs/live/00_history.ipynb #646e0b61
+def _take_bars(window: _Window, i: int, page: Sequence[Bar]) -> list[Bar]:  # those that cannot be
+    "Enter bars of a symbol into the window."
+    numbers = as_numbers(page)
+    sound = are_sound(numbers)
+    rows = ((numbers[sound, 0] - window.first_ms) // window.step_ms).astype(np.int64)
+    window.open_for(int(rows.min(initial=window.rows)))
+    window.values[:, rows, i] = numbers[sound, 1:].T
+    return [page[k] for k in np.flatnonzero(~sound).tolist()]
+
+
+def _take_last(window: _Window, i: int, answer: Sequence[Bar]) -> bool:  # False: it has to be looked at with all care
+    "Enter the last bar of a symbol, where that and nothing else was asked for and came."
+    if len(answer) != 1:
+        return not answer
+    bar = answer[0]
+    prices = bar.open, bar.high, bar.low, bar.close
+    sound = all(0 < price < math.inf for price in prices) and bar.high >= bar.low and 0 <= bar.volume < math.inf
+    if bar.open_time_ms != window.last_ms or not sound:
+        return False
+    window.open_for(window.rows - 1)
+    window.values[:, -1, i] = *prices, bar.volume
+    return True
+
+
+def _take_settlements(window: _Window, i: int, page: Sequence[FundingRate]) -> None:
+    "Enter settlements of a symbol into the window."
+    minutes = whole_minutes(np.array([each.time_ms for each in page], dtype=np.int64))
+    rows = settlement_rows(minutes, window.first_ms, window.step_ms)
+    inside = (rows >= 0) & (rows < window.rows)
+    window.open_for(int(rows[inside].min(initial=window.rows)))
+    np.add.at(window.funding[:, i], rows[inside], np.array([each.rate for each in page])[inside])
+    window.settled_ms[i] = page[-1].time_ms
+
 # %% ../../nbs/live/00_history.ipynb #a3b5df24
 class History:
     "A window of bars that follows the clock."
@@ -172,26 +206,12 @@ class History:
             return patiently(lambda: self._port.fetch_bars(symbol, self._timeframe, start_ms, limit), sleep=self._sleep)
 
         for page in pages(read, lambda bar: bar.open_time_ms, (start_ms, window.last_ms), window.step_ms, PAGE):
-            numbers = as_numbers(page)
-            sound = are_sound(numbers)
-            self.refused += [f"{symbol}: {page[k]} cannot be; it counts as missing" for k in np.flatnonzero(~sound)]
-            rows = ((numbers[sound, 0] - window.first_ms) // window.step_ms).astype(np.int64)
-            window.open_for(int(rows.min(initial=window.rows)))
-            window.values[:, rows, i] = numbers[sound, 1:].T
+            self.refused += [f"{symbol}: {bar} cannot be; it counts as missing" for bar in _take_bars(window, i, page)]
 
     def _fill_last(self, window: _Window, i: int, symbol: str) -> bool:  # False: it is to be done with all care
         "Ask for the last bar alone, which is all that is missing nearly always."
         answer = patiently(lambda: self._port.fetch_bars(symbol, self._timeframe, window.last_ms, 1), sleep=self._sleep)
-        if len(answer) != 1:
-            return not answer
-        bar = answer[0]
-        prices = bar.open, bar.high, bar.low, bar.close
-        sound = all(0 < price < math.inf for price in prices) and bar.high >= bar.low and 0 <= bar.volume < math.inf
-        if bar.open_time_ms != window.last_ms or not sound:
-            return False
-        window.open_for(window.rows - 1)
-        window.values[:, -1, i] = *prices, bar.volume
-        return True
+        return _take_last(window, i, answer)
 
     def _fill_funding(self, window: _Window, i: int, symbol: str) -> None:
         "Ask for the settlements of a symbol since the last one known."
@@ -202,12 +222,7 @@ class History:
             return patiently(lambda: self._port.fetch_funding(symbol, start_ms, limit), sleep=self._sleep)
 
         for page in pages(read, lambda each: each.time_ms, stretch, 1, PAGE):
-            minutes = whole_minutes(np.array([each.time_ms for each in page], dtype=np.int64))
-            rows = settlement_rows(minutes, window.first_ms, window.step_ms)
-            inside = (rows >= 0) & (rows < window.rows)
-            window.open_for(int(rows[inside].min(initial=window.rows)))
-            np.add.at(window.funding[:, i], rows[inside], np.array([each.rate for each in page])[inside])
-            window.settled_ms[i] = page[-1].time_ms
+            _take_settlements(window, i, page)
 
 # %% ../../nbs/live/00_history.ipynb #21d7d0b5
 def _panel_of(window: _Window, timeframe: str, origin: str) -> Panel:
