@@ -1,9 +1,7 @@
 """This engine's entries, as the benchmark calls them. The only file here that knows what they are called."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from decimal import Decimal
-from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +12,7 @@ from xsmom_nb.clock import SimulatedClock, timeframe_ms
 from xsmom_nb.config import Config, with_values
 from xsmom_nb.market.panel import Panel
 from xsmom_nb.strategy.core import history_bars
+
 
 def prepared_run(panel: Panel, config: Config, risk: str = "core") -> Callable[[], np.ndarray]:
     "A call that runs the kernel over arrays prepared here and gives the equity; compiled already."
@@ -56,25 +55,9 @@ def live_decision(panel: Panel, config: Config) -> Callable[[], object]:
     return lambda: decide(snapshot, Memory(), config)
 
 
-def replayed_hours(panel: Panel, config: Config, hours: int) -> Callable[[], int]:
-    "A call that trades the last hours of a panel through the live cycle on a paper exchange, and says how many it took."
-    from xsmom_nb.live.desk import open_desk
+def replayed_hours(panel: Panel, inner: Panel | None, config: Config, hours: int) -> Callable[[], int]:
+    "A call that replays the last hours of a panel through the live cycle and its guard, and says how many it took."
+    from xsmom_nb.backtest.replay import replay
 
-    class Nobody:
-        "A recorder that keeps nothing."
-
-        def record(self, decided: object) -> None:
-            pass
-
-    def run() -> int:
-        with tempfile.TemporaryDirectory() as scratch:
-            places = {"live.state_url": f"sqlite:///{scratch}/state.sqlite", "paper.account_url": f"sqlite:///{scratch}/paper.sqlite",
-                      "live.emergency_stop_file": f"{scratch}/STOP"}  # fmt: skip
-            times = panel.open_time_ms[-hours:] + timeframe_ms(panel.timeframe) + 60_000
-            with open_desk(with_values(config, places), recording=panel, now_ms=int(times[0]), base=Path(scratch)) as desk:
-                for time_ms in times:
-                    desk.clock.set(int(time_ms))
-                    desk.cycle(Nobody())
-        return hours
-
-    return run
+    watched, start_ms = with_values(config, {"backtest.risk": "full"}), int(panel.open_time_ms[-hours])
+    return lambda: len(replay(panel, watched, start_ms, holdout=True, inner=inner).equity)

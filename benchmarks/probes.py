@@ -57,16 +57,16 @@ def decision(source: str, repeats: str) -> dict[str, Any]:
 
 
 def replay(source: str, hours: str) -> dict[str, Any]:
-    "Hours through the live cycle on the paper exchange; the first dozen warms up."
+    "Hours through the live cycle and its guard on the paper exchange, five-minute bars inside; the first dozen warms up."
     from benchmarks.engines import timed
     from benchmarks.ours import replayed_hours
-    from benchmarks.works import SETTINGS, Work
+    from benchmarks.works import SETTINGS, Work, inner_bars
 
-    taken = {}
+    taken, inner = {}, inner_bars(source)
     for setting in SETTINGS:
         work = Work(setting, rows=8_760, source=source)
-        replayed_hours(work.panel(), work.config(), 12)()
-        count, elapsed = timed(replayed_hours(work.panel(), work.config(), int(hours)))
+        replayed_hours(work.panel(), inner, work.config(), 12)()
+        count, elapsed = timed(replayed_hours(work.panel(), inner, work.config(), int(hours)))
         taken[setting] = {"hours": count, "cpu_ms": elapsed.cpu_ms, "wall_ms": elapsed.wall_ms}
     return taken
 

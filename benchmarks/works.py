@@ -66,6 +66,12 @@ def market(source: str, rows: int, symbols: int) -> Panel:
     return panel
 
 
+def inner_bars(source: str) -> Panel | None:
+    "The recorded five-minute bars, which end with the hours; the seeded market has none."
+    folder = find_data()
+    return Store(folder, "binance_perp").panel("5m") if source == "real" and folder is not None else None
+
+
 def has_market_data() -> bool:
     "Whether this machine has the real bars."
     folder = find_data()
