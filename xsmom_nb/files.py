@@ -202,20 +202,20 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} has no canonical JSON form: {value!r}")
 
 # %% ../nbs/01_files.ipynb #cfcc43ae
-def _refused_place(value: Any, place: str = "") -> str | None:
-    "Where a value that canonical JSON refuses sits, and what it is; None when there is none."
+def _refused_place(value: Any) -> tuple[str, str] | None:  # path from the value on, and what is wrong there
+    "Where a value that canonical JSON refuses sits; None when there is none. The path is put together on the way back."
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                return f"{place or 'the object'} has the key {key!r}; expected a string"
-            if found := _refused_place(item, f"{place}.{key}".lstrip(".")):
-                return found
+                return "", f"has the key {key!r}; expected a string"
+            if found := _refused_place(item):
+                return f".{key}{found[0]}", found[1]
     elif isinstance(value, list | tuple):
         for position, item in enumerate(value):
-            if found := _refused_place(item, f"{place}[{position}]"):
-                return found
+            if found := _refused_place(item):
+                return f"[{position}]{found[0]}", found[1]
     elif isinstance(value, float) and not math.isfinite(value):
-        return f"{place or 'the value'} is {value}; expected a finite number (write null for a missing one)"
+        return "", f"is {value}; expected a finite number (write null for a missing one)"
     return None
 
 # %% ../nbs/01_files.ipynb #88ed3d2c
@@ -223,8 +223,8 @@ def canonical_json(
     value: Any,  # dicts with string keys, lists, strings, finite numbers, booleans, None; Decimals, dates, numpy scalars
 ) -> bytes:  # UTF-8, the same bytes for equal values
     "The one way we write JSON whose digest matters; raises `XsmomError` for NaN, infinity and keys that are no strings."
-    if place := _refused_place(value):
-        raise XsmomError(f"canonical JSON: {place}")
+    if found := _refused_place(value):
+        raise XsmomError(f"canonical JSON: {found[0].lstrip('.') or 'the value'} {found[1]}")
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain)
     return text.encode()
 
