@@ -54,13 +54,15 @@ def test_defaults_are_those_of_the_design_page() -> None:
     assert added == {"live.max_ticker_age_seconds"}
 
 
-def test_shipped_config_changes_two_settings_and_is_built() -> None:
-    "What the README's table is about: slower momentum, rebalanced every eight hours."
+def test_shipped_config_changes_what_it_says_and_is_built() -> None:
+    "What the README's table is about: slower momentum, rebalanced every eight hours; and what the exits study supports."
     shipped = load_config(ROOT / "configs" / "config.yaml", environ={})
     require_built(shipped)
     assert [(change.key, change.after) for change in difference(Config(), shipped)] == [
         ("strategy.lookbacks", [84, 168, 336, 672]),
         ("strategy.rebalance_every_bars", 8),
+        ("risk.atr_mult_sl", 0.0), ("risk.catastrophic_atr_mult", 8.0), ("risk.breakeven_after_r", 0.0),
+        ("risk.trail_atr_mult", 0.0), ("risk.partial_tp_ladder", []),
     ]
 
 

@@ -29,7 +29,7 @@ def result(real_panel):
     start = int(real_panel.open_time_ms[10_000])
     end = int(real_panel.open_time_ms[10_000 + DAYS_90 - 1])
     without_funding = replace(real_panel, funding=np.zeros(real_panel.shape))
-    return backtest(without_funding, with_values(Config(), {"execution.trade_rate": 0.5}), start, end)
+    return backtest(without_funding, with_values(Config(), {"execution.trade_rate": 0.5, "backtest.risk": "core"}), start, end)
 
 
 @pytest.fixture(scope="module")
