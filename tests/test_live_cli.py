@@ -26,7 +26,12 @@ from xsmom_nb.runs.rehearsal import ACCOUNTS
 from xsmom_nb.state import open_state
 
 XSMOM = Path(sys.executable).with_name("xsmom")
-SETTINGS = "paths: {dataset: small}\noptimizer: {holdout_start: 2024-02-05}\nfilters: {regime: {ema_len: 20}}\nrisk: {atr_len: 14}\n"
+SETTINGS = """
+paths: {dataset: small}
+optimizer: {holdout_start: 2024-02-05}
+filters: {regime: {ema_len: 20}}
+risk: {atr_len: 14}
+"""
 START = "2024-02-01T08:00"
 
 
