@@ -54,11 +54,11 @@ class BacktestResult:
 # %% ../../nbs/backtest/03_vector.ipynb #b6e57fe8
 def _excursions(
     trades: np.ndarray,  # shape (K, TRADE_FIELDS)
+    pnl: np.ndarray,  # what each earned, quote currency, shape (K,)
 ) -> dict[str, np.ndarray]:  # R multiple, MAE and MFE, NaN where positions were not watched
     "How far a trade's price went either way, and what the trade earned for its risk."
     side, quantity, seen = trades[:, SIDE], trades[:, BOUGHT], trades[:, HIGHEST] > 0.0
     entry = trades[:, PAID_IN] / quantity
-    pnl = side * (trades[:, PAID_OUT] - trades[:, PAID_IN]) - trades[:, FEES] - trades[:, FUNDING]
     low, high = trades[:, LOWEST], trades[:, HIGHEST]
     worst, best = np.where(side > 0, low, high), np.where(side > 0, high, low)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -76,16 +76,16 @@ def trade_frame(
     closes = pd.DatetimeIndex(pd.to_datetime(close_time_ms, unit="ms", utc=True)).as_unit("ms")
     rows = {field: trades[:, field].astype(np.int64) for field in (SYMBOL, ENTRY_ROW, EXIT_ROW, REASON)}
     quantity = trades[:, BOUGHT]
+    pnl = trades[:, SIDE] * (trades[:, PAID_OUT] - trades[:, PAID_IN]) - trades[:, FEES] - trades[:, FUNDING]
     frame = pd.DataFrame({
         "symbol": np.array(panel.symbols, dtype=object)[rows[SYMBOL]],
         "side": np.where(trades[:, SIDE] > 0, "long", "short").astype(object),
         "entry_time": closes[rows[ENTRY_ROW]], "entry_price": trades[:, PAID_IN] / quantity,
         "exit_time": closes[rows[EXIT_ROW]], "exit_price": trades[:, PAID_OUT] / quantity,
         "quantity": quantity,
-        "pnl": trades[:, SIDE] * (trades[:, PAID_OUT] - trades[:, PAID_IN]) - trades[:, FEES] - trades[:, FUNDING],
-        "fees": trades[:, FEES], "funding": trades[:, FUNDING],
+        "pnl": pnl, "fees": trades[:, FEES], "funding": trades[:, FUNDING],
         "exit_reason": np.array(EXIT_REASONS, dtype=object)[rows[REASON]],
-        "slippage": trades[:, SLIPPAGE], "bars": rows[EXIT_ROW] - rows[ENTRY_ROW], **_excursions(trades),
+        "slippage": trades[:, SLIPPAGE], "bars": rows[EXIT_ROW] - rows[ENTRY_ROW], **_excursions(trades, pnl),
     })
     return frame.sort_values(["exit_time", "entry_time", "symbol"], kind="stable", ignore_index=True)
 
