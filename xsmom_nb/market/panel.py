@@ -8,12 +8,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from ..clock import format_utc, timeframe_ms
 from ..errors import DataError, UsageError, nearest_name
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
 __all__ = ['FIELDS', 'times_ms', 'bar_arrays', 'whole_minutes', 'settlement_rows', 'settlements', 'funding_by_bar', 'Panel',
@@ -39,6 +42,8 @@ def times_ms(
     column: pd.Series,  # timestamps with a time zone
 ) -> np.ndarray:  # int64, shape (n,), UTC milliseconds since the epoch, fractions of a millisecond cut off
     "Instants of a timestamp column; `DataError` when it is not one, has no time zone or misses a value."
+    import pandas as pd
+
     if not isinstance(column.dtype, pd.DatetimeTZDtype):
         raise DataError(
             f"{symbol}: column `timestamp` is {column.dtype}; expected datetimes with a time zone; "
@@ -245,6 +250,8 @@ class Panel:
     @property
     def index(self) -> pd.DatetimeIndex:
         "Bar open times, UTC, named `timestamp`."
+        import pandas as pd
+
         return pd.to_datetime(self.open_time_ms, unit="ms", utc=True).rename("timestamp")
 
     @property
@@ -262,6 +269,8 @@ class Panel:
 
     def frame(self, name: str) -> pd.DataFrame:
         "One array as a table: index `timestamp`, a column a symbol."
+        import pandas as pd
+
         return pd.DataFrame(getattr(self, name), index=self.index, columns=list(self.symbols), copy=False)
 
     def digest(self) -> str:
