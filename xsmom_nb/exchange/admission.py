@@ -8,6 +8,7 @@ from __future__ import annotations
 from decimal import Decimal
 
 from .books import Books
+from .books import Leverage
 from .books import account_of
 from .books import exposures
 from ..ports import Instrument
@@ -71,7 +72,8 @@ def _account_refusal(
     request: OrderRequest,
     books: Books,
     ticker: Ticker,
-    leverage: Decimal,  # of positions
+    leverage: Leverage,
+    max_leverage: Decimal,  # of the contract
 ) -> str | None:
     "Why this account cannot place the order."
     held = books.holdings[request.symbol].quantity if request.symbol in books.holdings else Decimal(0)
@@ -81,7 +83,8 @@ def _account_refusal(
         side = "flat" if not held else "on the same side"
         return f"110017 Reduce-only rule not satisfied: the position in {request.symbol} is {side}"
     added = exposures(books, request)[request.symbol] - exposures(books).get(request.symbol, Decimal(0))
-    needed, available = added * _expected_price(request, ticker) / leverage, account_of(books, leverage).available
+    needed = added * _expected_price(request, ticker) / min(leverage(request.symbol), max_leverage)
+    available = account_of(books, leverage).available
     if added > 0 and needed > available:
         return f"110007 ab not enough for new order: needs {needed:.8f} of margin, {available:.8f} is available"
     return None
@@ -93,7 +96,7 @@ def refusal(
     ticker: Ticker | None,  # None: no book
     books: Books,  # marked at present prices
     is_known: bool,  # whether an order of this name was accepted before
-    leverage: Decimal,  # of positions, as set in the config; the contract's own limit may be lower
+    leverage: Leverage,  # as it was set; the contract's own limit may be lower
 ) -> str | None:  # the exchange's number and words; None: it is accepted
     "Why an order is not accepted."
     if (reason := _market_refusal(request, instrument, ticker)) or instrument is None or ticker is None:
@@ -102,4 +105,4 @@ def refusal(
         return reason
     if is_known:
         return f"110072 duplicate link id: {request.link_id} was accepted before"
-    return _account_refusal(request, books, ticker, min(leverage, instrument.max_leverage))
+    return _account_refusal(request, books, ticker, leverage, instrument.max_leverage)

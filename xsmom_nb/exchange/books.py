@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
@@ -24,8 +25,9 @@ from ..ports import OrderRequest
 from ..ports import Position
 
 # %% auto #0
-__all__ = ['ZERO', 'Event', 'Holding', 'traded', 'Books', 'Step', 'with_holding', 'with_order', 'posted', 'deposited', 'fee_of',
-           'filled', 'settled', 'exposures', 'account_of', 'marked', 'positions_of']
+__all__ = ['ZERO', 'Event', 'Leverage', 'Holding', 'traded', 'Books', 'Step', 'with_holding', 'with_order', 'posted', 'deposited',
+           'fee_of', 'filled', 'settled', 'exposures', 'one_leverage', 'initial_margin', 'account_of', 'marked',
+           'positions_of']
 
 # %% ../../nbs/exchange/00b_books.ipynb #d7797c9b
 ZERO = Decimal(0)
@@ -211,14 +213,33 @@ def exposures(
     return {symbol: max(abs(quantity), abs(shortest[symbol])) for symbol, quantity in longest.items()}
 
 # %% ../../nbs/exchange/00b_books.ipynb #b3727b09
+Leverage = Callable[[str], Decimal]  # of a contract, by its symbol
+
+
+def one_leverage(
+    leverage: float,  # of all contracts
+) -> Leverage:
+    "The same leverage for whatever is traded."
+    same = Decimal(repr(leverage))
+    return lambda symbol: same
+
+
+def initial_margin(
+    books: Books,
+    leverage: Leverage,
+) -> Decimal:  # quote currency
+    "What positions and open orders tie up, at the marks of the books."
+    values = {symbol: largest * books.holdings[symbol].mark for symbol, largest in exposures(books).items()}
+    return sum((value / leverage(symbol) for symbol, value in values.items()), ZERO)
+
+# %% ../../nbs/exchange/00b_books.ipynb #b9857883
 def account_of(
     books: Books,
-    leverage: Decimal,  # of positions
+    leverage: Leverage,
 ) -> Account:
     "Equity, wallet and free margin at the marks of the books."
     equity = books.wallet + sum((holding.unrealized for holding in books.holdings.values()), ZERO)
-    margin = sum((largest * books.holdings[symbol].mark for symbol, largest in exposures(books).items()), ZERO) / leverage
-    return Account(equity, books.wallet, max(equity - margin, ZERO))
+    return Account(equity, books.wallet, max(equity - initial_margin(books, leverage), ZERO))
 
 # %% ../../nbs/exchange/00b_books.ipynb #ee2611a6
 def marked(

@@ -47,7 +47,8 @@ from ..ports import Ticker
 
 # %% auto #0
 __all__ = ['CANNOT_REDUCE', 'NO_LIQUIDITY', 'WOULD_TAKE', 'LATEST_SHARE', 'CONTRACT_ENDED', 'Venue', 'venue_of', 'draw', 'Depth',
-           'depth_of', 'ended', 'executed', 'whole_steps', 'accepted', 'matched', 'delisted', 'Happening', 'advanced']
+           'depth_of', 'ended', 'executed', 'whole_steps', 'accepted', 'matched', 'wound_up', 'delisted', 'Happening',
+           'advanced']
 
 # %% ../../nbs/exchange/01_matching.ipynb #4d132260
 @dataclass(frozen=True)
@@ -352,6 +353,25 @@ def _rest(
     return executed(books, order, fill)
 
 # %% ../../nbs/exchange/01_matching.ipynb #05faae08
+def wound_up(
+    books: Books,
+    symbol: str,  # with a holding
+    venue: Venue,
+    time_ms: int,
+    cause: str,  # of the fill, such as settlement
+    reason: str,  # why the orders end, in the exchange's words
+) -> Step:
+    "Books after the exchange ended everything in a symbol."
+    step = Step(books)
+    for order in [order for order in books.orders.values() if order.symbol == symbol]:
+        step = step.then(ended(step.books, order, reason, time_ms))
+    holding = step.books.holdings.get(symbol)
+    if holding is None or not holding.quantity:
+        return step
+    name = f"{cause}-{symbol}-{time_ms}"
+    return step.then(filled(step.books, _closing_fill(holding, symbol, float(holding.mark), name, cause, venue, time_ms)))
+
+# %% ../../nbs/exchange/01_matching.ipynb #24fd1cf3
 CONTRACT_ENDED = "CancelBySettle"
 
 
@@ -362,14 +382,7 @@ def delisted(
     time_ms: int,
 ) -> Step:
     "Books after a contract has ended."
-    step = Step(books)
-    for order in [order for order in books.orders.values() if order.symbol == symbol]:
-        step = step.then(ended(step.books, order, CONTRACT_ENDED, time_ms))
-    holding = step.books.holdings.get(symbol)
-    if holding is None:
-        return step
-    name = f"settlement-{symbol}-{time_ms}"
-    return step.then(filled(step.books, _closing_fill(holding, symbol, float(holding.mark), name, "settlement", venue, time_ms)))
+    return wound_up(books, symbol, venue, time_ms, "settlement", CONTRACT_ENDED)
 
 # %% ../../nbs/exchange/01_matching.ipynb #a97d9aeb
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from .account_file import readable
 from .account_file import save_step
 from .account_file import version_of
 from .admission import refusal
-from .books import Books, Holding, Step, account_of, deposited, marked, positions_of, with_holding
+from .books import Books, Holding, Step, account_of, deposited, marked, one_leverage, positions_of, with_holding
 from .frictions import REAL
 from .frictions import Frictions
 from .matching import Depth, Happening, Venue, accepted, advanced, depth_of, ended, venue_of
@@ -318,7 +318,7 @@ def placing(
 
     def place(connection: Connection, books: Books, now_ms: int) -> tuple[Step, Submission]:
         known = is_known(connection, request.link_id)
-        reason = refusal(request, instrument, ticker, marked(books, marks), known, Decimal(config.execution.leverage))
+        reason = refusal(request, instrument, ticker, marked(books, marks), known, one_leverage(config.execution.leverage))
         if reason or not (instrument and ticker and depth):
             return Step(books), Submission("rejected", reason=reason or "")
         step = accepted(books, request, depth, instrument, venue, now_ms, ticker.mark)
@@ -436,7 +436,7 @@ class PaperExchange(_WithDatabase):
         frictions: Frictions = REAL,
     ) -> None:
         super().__init__(market)
-        self._clock, self._config, self._leverage = clock, config, Decimal(config.execution.leverage)
+        self._clock, self._config, self._leverage = clock, config, one_leverage(config.execution.leverage)
         url = account_url or config.paper.account_url
         self._database = database or open_database(url, MIGRATIONS, base, key="paper.account_url")
         try:

@@ -16,7 +16,7 @@ from ..database import open_database, sql
 from ..decision import Memory
 from ..errors import StateError
 from ..exchange.account_file import MIGRATIONS, load_account, readable
-from ..exchange.books import account_of, positions_of
+from ..exchange.books import account_of, one_leverage, positions_of
 from ..execution.journal import Entry, Held, held_of, held_quantities, unfinished_intents
 from ..lease import Lease, read_leases
 from .memory import recall_in
@@ -118,7 +118,7 @@ def read_paper(
         kept = load_account(connection)
     if kept is None:
         raise StateError(f"paper account {database.location} is empty: no cycle has opened it yet")
-    account = account_of(kept.books, Decimal(config.execution.leverage))
+    account = account_of(kept.books, one_leverage(config.execution.leverage))
     return PaperStanding(database.location, kept.reached_ms, account, tuple(positions_of(kept.books)),
                          tuple(kept.books.orders.values()))
 
