@@ -47,8 +47,8 @@ from ..ports import Ticker
 
 # %% auto #0
 __all__ = ['CANNOT_REDUCE', 'NO_LIQUIDITY', 'WOULD_TAKE', 'LATEST_SHARE', 'CONTRACT_ENDED', 'Venue', 'venue_of', 'draw', 'Depth',
-           'depth_of', 'ended', 'executed', 'whole_steps', 'accepted', 'matched', 'wound_up', 'delisted', 'Happening',
-           'advanced']
+           'depth_of', 'ended', 'executed', 'whole_steps', 'accepted', 'amended', 'matched', 'wound_up', 'delisted',
+           'Happening', 'advanced']
 
 # %% ../../nbs/exchange/01_matching.ipynb #4d132260
 @dataclass(frozen=True)
@@ -203,8 +203,8 @@ def _take(
     if order.price is not None:
         price = min(price, order.price) if is_buy else max(price, order.price)
     fee = fee_of(quantity, price, venue.fee_bps(waited=False))
-    fill = Fill(f"{order.order_id}-taken", order.order_id, order.link_id, order.symbol, order.side, quantity, price, fee, False,
-                order.created_ms)
+    fill = Fill(f"{order.order_id}-taken-{order.created_ms:x}", order.order_id, order.link_id, order.symbol, order.side, quantity,
+                price, fee, False, order.created_ms)
     return executed(books, order, fill)
 
 # %% ../../nbs/exchange/01_matching.ipynb #4424de8a
@@ -249,14 +249,24 @@ def accepted(
     step = replace(step, books=with_holding(step.books, order.symbol, books.holdings.get(order.symbol, fresh)))
     if not venue.frictions.queue:
         return step.then(_fill_whole(step.books, order, depth, mark, venue))
+    return step.then(_look(step.books, order, depth, instrument, venue))
+
+# %% ../../nbs/exchange/01_matching.ipynb #7424440a
+def _look(
+    books: Books,
+    order: Order,  # new, or just amended
+    depth: Depth,
+    instrument: Instrument,
+    venue: Venue,
+) -> Step:
+    "Books after an order's first look at the book."
     crosses = _crosses(order, depth)
     if crosses and order.time_in_force == "PostOnly":
-        return step.then(ended(step.books, order, WOULD_TAKE, now_ms))
-    if crosses:
-        step = step.then(_take(step.books, order, depth, instrument, venue))
+        return ended(books, order, WOULD_TAKE, order.created_ms)
+    step = _take(books, order, depth, instrument, venue) if crosses else Step(books)
     left = step.books.orders.get(order.link_id)
     if left and (order.order_type == "Market" or order.time_in_force in ("IOC", "FOK")):
-        step = step.then(ended(step.books, left, NO_LIQUIDITY, now_ms))
+        step = step.then(ended(step.books, left, NO_LIQUIDITY, order.created_ms))
     return step
 
 # %% ../../nbs/exchange/01_matching.ipynb #72dfc8f9
@@ -265,6 +275,22 @@ def _crosses(order: Order, depth: Depth) -> bool:
     if order.price is None:
         return True
     return order.price >= depth.ask if order.side == "Buy" else order.price <= depth.bid
+
+# %% ../../nbs/exchange/01_matching.ipynb #c2078b41
+def amended(
+    books: Books,
+    order: Order,  # open
+    quantity: Decimal,  # base units, above what has filled
+    price: Decimal,
+    depth: Depth,
+    instrument: Instrument,
+    venue: Venue,
+    now_ms: int,
+) -> Step:  # its first event is the order as it now stands
+    "Books after an order was changed."
+    changed = replace(order, quantity=quantity, price=price, created_ms=now_ms, updated_ms=now_ms)
+    step = with_order(books, changed)
+    return step.then(_look(step.books, changed, depth, instrument, venue))
 
 # %% ../../nbs/exchange/01_matching.ipynb #60e80bd0
 LATEST_SHARE = 0.1  # of a bar that may be over when an order comes that is to take part in it
