@@ -203,7 +203,7 @@ def _take(
     if order.price is not None:
         price = min(price, order.price) if is_buy else max(price, order.price)
     fee = fee_of(quantity, price, venue.fee_bps(waited=False))
-    fill = Fill(f"{order.order_id}-taken-{order.created_ms:x}", order.order_id, order.link_id, order.symbol, order.side, quantity,
+    fill = Fill(f"{order.order_id}-{order.created_ms:x}-taken", order.order_id, order.link_id, order.symbol, order.side, quantity,
                 price, fee, False, order.created_ms)
     return executed(books, order, fill)
 
