@@ -8,6 +8,7 @@ from __future__ import annotations
 from decimal import Decimal
 
 from .books import Books
+from .books import Holding
 from .books import Leverage
 from .books import account_of
 from .books import exposures
@@ -16,7 +17,7 @@ from ..ports import OrderRequest
 from ..ports import Ticker
 
 # %% auto #0
-__all__ = ['refusal']
+__all__ = ['stop_refusal', 'refusal']
 
 # %% ../../nbs/exchange/00c_admission.ipynb #c9553618
 def _market_refusal(
@@ -88,6 +89,19 @@ def _account_refusal(
     if added > 0 and needed > available:
         return f"110007 ab not enough for new order: needs {needed:.8f} of margin, {available:.8f} is available"
     return None
+
+# %% ../../nbs/exchange/00c_admission.ipynb #3ec8e69f
+def stop_refusal(
+    holding: Holding,  # not flat
+    stop: Decimal,  # price, quote currency
+    mark: Decimal | None,  # present price; None: there is none
+    symbol: str,
+) -> str | None:
+    "Why a position cannot have this stop."
+    if mark is not None and (mark - stop) * holding.quantity > 0:
+        return None
+    side, where = ("long", "below") if holding.quantity > 0 else ("short", "above")
+    return f"10001 stop {stop} of a {side} position in {symbol}, price {mark}; expected {where} the price"
 
 # %% ../../nbs/exchange/00c_admission.ipynb #a6a90d56
 def refusal(

@@ -38,6 +38,7 @@ from .account_file import readable
 from .account_file import save_step
 from .account_file import version_of
 from .admission import refusal
+from .admission import stop_refusal
 from .books import Books, Holding, Step, account_of, deposited, marked, one_leverage, positions_of, with_holding
 from .frictions import REAL
 from .frictions import Frictions
@@ -357,9 +358,7 @@ def stopping(
             return Step(books), Submission("rejected", reason=f"10001 can not set tp/sl/ts for zero position: {symbol}")
         if stop == holding.stop:
             return Step(books), Submission("accepted")
-        if stop is not None and (mark is None or (mark - stop) * holding.quantity <= 0):
-            side, where = ("long", "below") if holding.quantity > 0 else ("short", "above")
-            reason = f"10001 stop {stop} of a {side} position in {symbol}, price {mark}; expected {where} the price"
+        if stop is not None and (reason := stop_refusal(holding, stop, mark, symbol)):
             return Step(books), Submission("rejected", reason=reason)
         changed = replace(holding, stop=stop, stop_ms=now_ms)
         return Step(with_holding(books, symbol, changed)), Submission("accepted")
