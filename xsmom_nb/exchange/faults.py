@@ -19,7 +19,7 @@ from .matching import draw
 from .protocol import ERRORS
 
 # %% auto #0
-__all__ = ['FAULTS', 'SURVIVABLE', 'FaultRule', 'Fault', 'FaultPlan', 'decided', 'weather']
+__all__ = ['FAULTS', 'SURVIVABLE', 'FaultRule', 'Fault', 'FaultPlan', 'decided', 'weather', 'bent', 'garbled']
 
 # %% ../../nbs/exchange/12_faults.ipynb #b237e58f
 FAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -155,3 +155,33 @@ def weather(
             name, parameters = (f"{kind} {code}", {"code": code}) if code else (kind, {})
             plan = plan.with_rule(FaultRule(name, kind, on, None, probability, parameters=parameters))
     return plan
+
+# %% ../../nbs/exchange/12_faults.ipynb #292aaa24
+def bent(
+    result: Any,  # as it would be answered
+    fault: Fault,
+) -> Any:
+    "A result with what one fault does to it; the same where the fault is of another kind, or there is nothing to bend."
+    rows = result.get("list") if isinstance(result, dict) else None
+    if not isinstance(rows, list):
+        return result
+    if fault.kind == "short_page" and len(rows) > fault.parameters["rows"]:
+        return {**result, "list": rows[: fault.parameters["rows"]]}
+    if fault.kind == "lost_cursor" and "nextPageCursor" in result:
+        return {**result, "nextPageCursor": ""}
+    if fault.kind == "gap" and len(rows) > fault.parameters["row"]:
+        return {**result, "list": [row for i, row in enumerate(rows) if i != fault.parameters["row"]]}
+    if fault.kind == "out_of_order":
+        return {**result, "list": rows[1::2] + rows[::2]}
+    return result
+
+
+def garbled(
+    text: str,  # the whole answer
+    kind: str,  # of fault
+) -> str:
+    "An answer of status 200 that is none; the same text for a kind that leaves it whole."
+    if kind == "truncated":
+        return text[: len(text) // 2]
+    pages = {"empty": "", "html": "<html><body>We will be back soon</body></html>"}
+    return pages.get(kind, text)

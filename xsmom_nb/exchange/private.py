@@ -129,7 +129,7 @@ class AccountEngine(Protocol):
         ...
 
     def meddle(self, name: str, parameters: Json, now_ms: int) -> Reply:
-        "What only the side channel may do: liquidate, deleverage, deposit, let a cancellation race a fill; refuses what it cannot."
+        "What only the side channel may do: liquidate, deleverage, deposit, let a cancellation race a fill."
         ...
 
     def truth(self, now_ms: int) -> Json:
@@ -137,6 +137,9 @@ class AccountEngine(Protocol):
         ...
 
 # %% ../../nbs/exchange/12f_private.ipynb #dba7fb97
+_WHOLE = PageRule(10**6, 10**6)  # a list that comes in one piece
+
+
 @dataclass(frozen=True, slots=True)
 class PrivateEndpoint:
     "What a private path asks for."
@@ -144,7 +147,7 @@ class PrivateEndpoint:
     operation: str  # method of the engine; empty: the server knows it itself
     limit: int  # requests a second
     kind: Literal["change", "list", "one", "batch"] = "change"
-    page: PageRule = PageRule(10**6, 10**6)  # of a list
+    page: PageRule = _WHOLE  # of a list
     name_key: str = "symbol"  # of a list: what tells its elements apart
     is_paged: bool = False  # whether the answer has a cursor
 
@@ -208,9 +211,10 @@ def checked(
     parameters: Json,
 ) -> Json:
     "Parameters with what every operation of a kind needs; raises `Refusal`."
-    if operation in _ORDERS and (category_of(parameters) != "linear" or not parameters.get("symbol")):
-        raise Refusal(10001, "params error: symbol invalid" if category_of(parameters) == "linear" else "Not supported symbols")
-    if operation in _NEED_A_SCOPE and category_of(parameters) == "linear" and not any(
+    is_linear = operation not in (*_ORDERS, *_NEED_A_SCOPE) or category_of(parameters) == "linear"
+    if operation in _ORDERS and not (is_linear and parameters.get("symbol")):
+        raise Refusal(10001, "params error: symbol invalid" if is_linear else "Not supported symbols")
+    if operation in _NEED_A_SCOPE and is_linear and not any(
             parameters.get(key) for key in ("symbol", "settleCoin", "baseCoin", "coin")):
         raise Refusal(10001, "params error: symbol, settleCoin or baseCoin is required")
     if operation == "wallets" and parameters.get("accountType") != "UNIFIED":
@@ -224,8 +228,9 @@ def key_json(
 ) -> Json:
     "The result of `query-api`."
     expires_ms = key.expires_ms if key.expires_ms is not None else now_ms + 90 * 86_400_000
-    rights = {"ContractTrade": ["Order", "Position"], "Spot": [], "Wallet": [], "Options": [], "Derivatives": ["DerivativesTrade"],
-              "CopyTrading": [], "BlockTrade": [], "Exchange": [], "NFT": [], "Affiliate": [], "Earn": []}
+    rights = {"ContractTrade": ["Order", "Position"], "Spot": [], "Wallet": [], "Options": [],
+              "Derivatives": ["DerivativesTrade"], "CopyTrading": [], "BlockTrade": [],
+              "Exchange": [], "NFT": [], "Affiliate": [], "Earn": []}
     return {"id": str(key.user), "note": "simulator", "apiKey": key.key, "readOnly": int(key.read_only), "secret": "",
             "permissions": rights, "ips": list(key.addresses) or ["*"], "type": 1,
             "deadlineDay": max((expires_ms - now_ms) // 86_400_000, 0), "expiredAt": format_utc(expires_ms // 1000 * 1000),
@@ -385,8 +390,9 @@ class EmptyAccount:
 
     def wallets(self, query: Json, now_ms: int) -> Sequence[Json]:
         "Nothing."
-        totals = dict.fromkeys(("totalEquity", "accountIMRate", "totalMarginBalance", "totalInitialMargin", "totalAvailableBalance",
-                                "accountMMRate", "totalPerpUPL", "totalWalletBalance", "totalMaintenanceMargin"), "0")
+        names = ("totalEquity", "accountIMRate", "totalMarginBalance", "totalInitialMargin", "totalAvailableBalance",
+                 "accountMMRate", "totalPerpUPL", "totalWalletBalance", "totalMaintenanceMargin")
+        totals = dict.fromkeys(names, "0")
         return ({"accountType": "UNIFIED", "accountLTV": "", **totals, "coin": []},)
 
     def account_info(self, query: Json, now_ms: int) -> Json:
