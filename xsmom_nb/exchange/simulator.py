@@ -97,6 +97,9 @@ def as_text(value: Json) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 # %% ../../nbs/exchange/13_simulator.ipynb #2a722f11
+_BYBITS = AddressLimit()
+
+
 @dataclass(frozen=True)
 class Terms:
     "How the simulator behaves where a user may choose."
@@ -104,7 +107,7 @@ class Terms:
     seed: int = 0  # of the order in which messages come, and of the faults
     push_ms: int = 60_000  # how often the streams say what is new, simulated ms
     rate_limits: bool = True  # whether limits for each user and endpoint are kept
-    address_limit: AddressLimit | None = AddressLimit()  # None: everybody may ask as often as they like
+    address_limit: AddressLimit | None = _BYBITS  # None: everybody may ask as often as they like
 
     def __post_init__(self) -> None:
         if self.push_ms <= 0 or 300_000 % self.push_ms:
@@ -129,8 +132,8 @@ class Simulator:
         if orphans:
             raise UsageError(f"key {orphans[0]!r} belongs to user {self.keys[orphans[0]].user}, who has no account; give one")
         if pace.now_ms() < market.tape.start_ms:
-            begin, end = format_utc(market.tape.start_ms), format_utc(market.tape.end_ms)
-            raise UsageError(f"the clock starts at {format_utc(pace.now_ms())}, the recording covers {begin} to {end}; start within")
+            begin, end, start = map(format_utc, (market.tape.start_ms, market.tape.end_ms, pace.now_ms()))
+            raise UsageError(f"the clock starts at {start}, the recording covers {begin} to {end}; start within")
         self.hub, self.limits = Hub(market, pace.now_ms()), RateLimits()
         self.guard, self.plan = AddressGuard(self.terms.address_limit), FaultPlan(self.terms.seed)
         self.outgoing: list[Outgoing] = []
@@ -225,7 +228,7 @@ def _whole(result: Json | None, now_ms: int, faults: Sequence[Fault], extra: Jso
     kinds = {fault.kind: fault for fault in faults}
     for fault in faults:
         result = bent(result, fault)
-    wrapped = {"retCode": 0, "retMsg": "success"} if result is None else envelope(result, now_ms, extra=extra)
+    wrapped: Json = {"retCode": 0, "retMsg": "success"} if result is None else envelope(result, now_ms, extra=extra)
     if "null_result" in kinds:
         wrapped = {**wrapped, "result": None}
     if lie := kinds.get("ret_code_after"):
@@ -264,9 +267,9 @@ def asked_by(
     if not granted:
         return refused(Refusal(10006), now_ms, headers)
     engine = simulator.engines[key.user]
-    for fault in faults:
-        if fault.kind == "engine":
-            simulator.say(key.user, engine.meddle(fault.parameters["name"], fault.parameters["parameters"], now_ms).pushes, now_ms)
+    for fault in (each for each in faults if each.kind == "engine"):
+        meddled = engine.meddle(fault.parameters["name"], fault.parameters["parameters"], now_ms)
+        simulator.say(key.user, meddled.pushes, now_ms)
     try:
         done = served(path, endpoint, engine, key, parameters, now_ms, granted, until_ms)
     except Refusal as refusal:
@@ -329,8 +332,9 @@ def order_fault(simulator: Simulator, parameters: Json) -> Json:
 def faults_json(simulator: Simulator, parameters: Json) -> Json:
     "The rules, with how often each was asked and struck."
     plan = simulator.plan
-    return {"rules": [{"name": rule.name, "fault": rule.fault, "on": rule.on, "times": rule.times, "probability": rule.probability,
-                       "asked": plan.asked.get(rule.name, 0), "struck": plan.struck.get(rule.name, 0)} for rule in plan.rules]}
+    return {"rules": [{"name": rule.name, "fault": rule.fault, "on": rule.on, "times": rule.times,
+                       "probability": rule.probability, "asked": plan.asked.get(rule.name, 0),
+                       "struck": plan.struck.get(rule.name, 0)} for rule in plan.rules]}
 
 
 def clear_faults(simulator: Simulator, parameters: Json) -> Json:
@@ -341,7 +345,8 @@ def clear_faults(simulator: Simulator, parameters: Json) -> Json:
 
 def change_status(simulator: Simulator, parameters: Json) -> Json:
     "Halt, delist or reopen a contract."
-    set_status(simulator.market, str(parameters.get("symbol")), str(parameters.get("status")), int(parameters.get("delivery_ms", 0)))
+    symbol, status = str(parameters.get("symbol")), str(parameters.get("status"))
+    set_status(simulator.market, symbol, status, int(parameters.get("delivery_ms", 0)))
     return {"statuses": simulator.market.statuses, "deliveries": simulator.market.deliveries}
 
 # %% ../../nbs/exchange/13_simulator.ipynb #b2efb905
