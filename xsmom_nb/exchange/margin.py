@@ -11,7 +11,7 @@ from decimal import Decimal
 
 from .books import ZERO, Books, Holding, Leverage, Step, account_of, filled, initial_margin
 from .matching import Venue, ended, wound_up
-from ..ports import Fill, Instrument
+from ..ports import Fill, Side
 
 # %% auto #0
 __all__ = ['TIERS', 'TIER_VALUE', 'TAKEN_OVER', 'LIQUIDATION', 'RiskTier', 'risk_tiers', 'tier_of', 'maintenance_margin',
@@ -142,6 +142,6 @@ def deleveraged(
 ) -> Step:
     "Books after the exchange took part of a position away."
     holding = books.holdings[symbol]
-    side = "Sell" if holding.quantity > 0 else "Buy"
-    fill = Fill(f"adl-{symbol}-{time_ms}", "adl", "", symbol, side, min(quantity, abs(holding.quantity)), price, ZERO, False, time_ms)  # type: ignore[arg-type]
-    return filled(books, fill)
+    side: Side = "Sell" if holding.quantity > 0 else "Buy"
+    taken = min(quantity, abs(holding.quantity))
+    return filled(books, Fill(f"adl-{symbol}-{time_ms}", "adl", "", symbol, side, taken, price, ZERO, False, time_ms))

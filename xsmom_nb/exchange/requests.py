@@ -5,13 +5,12 @@
 # %% ../../nbs/exchange/06c_requests.ipynb #9b196be0
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Literal
 
 from .admission import refusal, stop_refusal
-from .books import ZERO, Books, with_holding
+from .books import ZERO, with_holding
 from .conditional import trigger_refusal
 from xsmom_nb.exchange.engine import (
     DEFAULT_LEVERAGE,
@@ -48,7 +47,7 @@ class Placement:
     price: Decimal | None = None
     time_in_force: TimeInForce = "GTC"
     reduce_only: bool = False
-    terms: Terms = Terms()
+    terms: Terms = field(default_factory=Terms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,8 +298,9 @@ def _amend_order(account: VenueAccount, found: VenueOrder, changed: VenueOrder, 
     inside, name = _in_books(account, found), found.order.order_id
     if inside is None or changed.order.price is None:
         return Reply.refused(f"{_TOO_LATE} replace")
-    request = OrderRequest(inside.link_id, inside.symbol, inside.side, inside.order_type,
-                           changed.order.quantity - inside.filled_quantity, changed.order.price, inside.time_in_force, inside.reduce_only)
+    left = changed.order.quantity - inside.filled_quantity
+    request = OrderRequest(inside.link_id, inside.symbol, inside.side, inside.order_type, left, changed.order.price,
+                           inside.time_in_force, inside.reduce_only)
     instrument, ticker, depth = met(account.market, request, account.config, now_ms)
     books = marked_books(account)
     others = replace(books, orders={link: each for link, each in books.orders.items() if link != inside.link_id})
