@@ -339,8 +339,13 @@ def _follow_stops(account: VenueAccount, time_ms: int) -> None:
             tell_order(account, replace(order, order=gone, status="Deactivated", cancel_type="CancelByTpSlTsClear"))
     for order in wanted:
         shown = account.orders.get(order.order.order_id)
-        if shown is None or (shown.order.quantity, shown.terms.trigger_price) != (order.order.quantity, order.terms.trigger_price):
+        if shown is None or _size_and_level(shown) != _size_and_level(order):
             tell_order(account, order)
+
+
+def _size_and_level(stop: VenueOrder) -> tuple[Decimal, Decimal | None]:
+    "What a stop is moved by."
+    return stop.order.quantity, stop.terms.trigger_price
 
 # %% ../../nbs/exchange/06b_engine.ipynb #38231969
 def settle_stops(
