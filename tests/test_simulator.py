@@ -139,7 +139,7 @@ def test_messages_have_the_shape_of_the_documentation(example, tape, begin):
     matches_example(example(shape("orderbook.0")), book_message(book, None, 50, rules))
     matches_example(example(shape("trade.0")), trade_message(trades_at(tape, symbol, begin, 5), rules, begin), beyond=["RPI"])
     ticker = Hub(market, begin).join(topic_of(f"tickers.{symbol}", tape.panel.symbols))
-    full = public.ticker(market, symbol, begin)
+    full = market.ticker(symbol, begin)
     matches_example(example(shape("ticker.1")), ticker, without=["usdIndexPrice"], beyond=list(full))
     private = example("websocket__private__order.1.response")
     assert private_message("order", [{}], "1", begin).keys() == private.keys()

@@ -16,7 +16,6 @@ from .broadcast import ticker_message
 from .broadcast import trade_message
 from .protocol import Refusal
 from .public import Market
-from .public import ticker
 from .quotes import trades_at
 from .tape import INTERVALS
 from .tape import bars_at
@@ -133,7 +132,7 @@ class Hub:
 
     def _ticker(self, topic: Topic, now_ms: int) -> Json | None:
         "A ticker, whole or what has changed."
-        now, before = ticker(self.market, topic.symbol, now_ms), self._tickers.get(topic.symbol)
+        now, before = self.market.ticker(topic.symbol, now_ms), self._tickers.get(topic.symbol)
         if now is None:
             return None
         self._tickers[topic.symbol] = now

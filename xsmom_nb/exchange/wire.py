@@ -40,6 +40,10 @@ def number(
     decimals: int = 0,  # at least so many
 ) -> str:
     "A number as Bybit writes it."
+    if isinstance(value, float):
+        text = f"{value:.{decimals}f}"
+        if float(text) == value:  # as it nearly always is
+            return text
     text = str(value) if isinstance(value, Decimal) else repr(float(value))
     if "e" in text or "E" in text:
         text = format(Decimal(text), "f")
