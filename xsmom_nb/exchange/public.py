@@ -38,6 +38,7 @@ from .wire import risk_tier_json
 from .wire import ticker_json
 from .wire import time_json
 from .wire import trade_json
+from ..ports import Bar
 from ..ports import Instrument
 
 # %% auto #0
@@ -57,10 +58,11 @@ class Market:
         self.tape, self.half_spread = tape, Decimal(repr(spread_bps)) / 20_000
         self.statuses: dict[str, str] = {}  # given by the side channel, by symbol: Closed, Delivering, Trading
         self.deliveries: dict[str, int] = {}  # when a symbol will be delisted, UTC ms
-        self._moment = -1  # to which the next three belong
+        self._moment = -1  # to which the next four belong
         self._rules: dict[str, Instrument] = {}
         self._quotations: dict[str, Quotation | None] = {}
         self._tickers: dict[str, Json] = {}
+        self._running: dict[tuple[str, str], list[Bar]] = {}
         self._books: dict[str, Book] = {}
 
     def moment(self, now_ms: int) -> int:
@@ -70,7 +72,7 @@ class Market:
     def refresh(self, now_ms: int) -> None:
         "Forget what was true at another moment."
         if self.moment(now_ms) != self._moment:
-            self._moment, self._rules, self._quotations, self._tickers = self.moment(now_ms), {}, {}, {}
+            self._moment, self._rules, self._quotations, self._tickers, self._running = self.moment(now_ms), {}, {}, {}, {}
 
     def forget(self) -> None:
         "Forget what was computed; somebody changed a contract."
@@ -106,6 +108,13 @@ class Market:
         if symbol not in self._tickers:
             self._tickers[symbol] = ticker_json(quote, self.rules(symbol, now_ms), self.deliveries.get(symbol, 0))
         return self._tickers[symbol]
+
+    def running(self, symbol: str, interval: str, now_ms: int) -> list[Bar]:  # one, or none
+        "The bar that runs, or the last there was."
+        self.refresh(now_ms)
+        if (symbol, interval) not in self._running:
+            self._running[symbol, interval] = bars_at(self.tape, symbol, interval, now_ms, 1)
+        return self._running[symbol, interval]
 
     def book(self, symbol: str, depth: int, now_ms: int) -> Book | None:  # None: it does not trade (any more)
         "The book, numbered by its changes."
