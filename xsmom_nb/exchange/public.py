@@ -38,11 +38,12 @@ from .wire import risk_tier_json
 from .wire import ticker_json
 from .wire import time_json
 from .wire import trade_json
+from ..ports import Bar
 from ..ports import Instrument
 
 # %% auto #0
 __all__ = ['Query', 'CATEGORIES', 'Answer', 'PUBLIC', 'Market', 'category_of', 'time_of', 'symbol_of', 'listed', 'instruments',
-           'risk_limits', 'klines', 'price_klines', 'premium_klines', 'tickers', 'ticker', 'order_book', 'price_limit',
+           'risk_limits', 'klines', 'price_klines', 'premium_klines', 'tickers', 'order_book', 'price_limit',
            'funding_history', 'recent_trades', 'open_interest', 'server_time', 'system_status', 'set_status']
 
 # %% ../../nbs/exchange/12e_public.ipynb #760e8638
@@ -57,12 +58,25 @@ class Market:
         self.tape, self.half_spread = tape, Decimal(repr(spread_bps)) / 20_000
         self.statuses: dict[str, str] = {}  # given by the side channel, by symbol: Closed, Delivering, Trading
         self.deliveries: dict[str, int] = {}  # when a symbol will be delisted, UTC ms
-        self._moment, self._quotations = -1, dict[str, Quotation | None]()
+        self._moment = -1  # to which the next four belong
+        self._rules: dict[str, Instrument] = {}
+        self._quotations: dict[str, Quotation | None] = {}
+        self._tickers: dict[str, Json] = {}
+        self._running: dict[tuple[str, str], list[Bar]] = {}
         self._books: dict[str, Book] = {}
 
     def moment(self, now_ms: int) -> int:
         "A number that is the same as long as nothing changes."
         return now_ms // (self.tape.step_ms // 4 if self.tape.walk else self.tape.step_ms)
+
+    def refresh(self, now_ms: int) -> None:
+        "Forget what was true at another moment."
+        if self.moment(now_ms) != self._moment:
+            self._moment, self._rules, self._quotations, self._tickers, self._running = self.moment(now_ms), {}, {}, {}, {}
+
+    def forget(self) -> None:
+        "Forget what was computed; somebody changed a contract."
+        self._moment = -1
 
     def symbols(self, now_ms: int) -> list[str]:  # ascending
         "Every contract that has been listed by now."
@@ -72,17 +86,35 @@ class Market:
         "A contract's rules; raises `Refusal` for a symbol that is not listed."
         if not self.tape.is_listed(symbol, now_ms):
             raise Refusal(10001, "Not supported symbols")
-        delivery_ms = self.deliveries.get(symbol, 0)
-        is_delivered = 0 < delivery_ms <= now_ms
-        return rules_at(self.tape, symbol, now_ms, "Closed" if is_delivered else self.statuses.get(symbol, ""))
+        self.refresh(now_ms)
+        if symbol not in self._rules:
+            self._rules[symbol] = rules_at(self.tape, symbol, now_ms, self.statuses.get(symbol, ""))
+        is_delivered = 0 < self.deliveries.get(symbol, 0) <= now_ms
+        return replace(self._rules[symbol], status="Closed") if is_delivered else self._rules[symbol]
 
     def quotation(self, symbol: str, now_ms: int) -> Quotation | None:  # None: it does not trade (any more)
         "All about a contract."
-        if self.moment(now_ms) != self._moment:
-            self._moment, self._quotations = self.moment(now_ms), {}
+        if self.rules(symbol, now_ms).status == "Closed":
+            return None
         if symbol not in self._quotations:
             self._quotations[symbol] = quotation_at(self.tape, symbol, now_ms, self.half_spread)
-        return self._quotations[symbol] if self.rules(symbol, now_ms).status != "Closed" else None
+        return self._quotations[symbol]
+
+    def ticker(self, symbol: str, now_ms: int) -> Json | None:  # None: it does not trade (any more)
+        "An element of `tickers`; not to be changed."
+        quote = self.quotation(symbol, now_ms)
+        if quote is None:
+            return None
+        if symbol not in self._tickers:
+            self._tickers[symbol] = ticker_json(quote, self.rules(symbol, now_ms), self.deliveries.get(symbol, 0))
+        return self._tickers[symbol]
+
+    def running(self, symbol: str, interval: str, now_ms: int) -> list[Bar]:  # one, or none
+        "The bar that runs, or the last there was."
+        self.refresh(now_ms)
+        if (symbol, interval) not in self._running:
+            self._running[symbol, interval] = bars_at(self.tape, symbol, interval, now_ms, 1)
+        return self._running[symbol, interval]
 
     def book(self, symbol: str, depth: int, now_ms: int) -> Book | None:  # None: it does not trade (any more)
         "The book, numbered by its changes."
@@ -201,17 +233,7 @@ def tickers(market: Market, query: Query, now_ms: int) -> Json:
     if category_of(query) != "linear":
         return {"category": category_of(query), "list": []}
     names = [symbol_of(market, query, now_ms)] if query.get("symbol") else market.symbols(now_ms)
-    return {"category": "linear", "list": [row for name in names if (row := ticker(market, name, now_ms))]}
-
-
-def ticker(
-    market: Market,
-    symbol: str,
-    now_ms: int,
-) -> Json | None:  # None: it does not trade (any more)
-    "An element of `tickers`."
-    quote = market.quotation(symbol, now_ms)
-    return ticker_json(quote, market.rules(symbol, now_ms), market.deliveries.get(symbol, 0)) if quote else None
+    return {"category": "linear", "list": [row for name in names if (row := market.ticker(name, now_ms))]}
 
 
 def order_book(market: Market, query: Query, now_ms: int) -> Json:
@@ -302,3 +324,4 @@ def set_status(
         raise UsageError(f"status {status!r}: expected Trading, Delivering or Closed")
     market.statuses[symbol] = status
     market.deliveries[symbol] = delivery_ms
+    market.forget()

@@ -222,7 +222,8 @@ class Server:
                 await asyncio.sleep(0)
                 continue
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.changed.wait(), wait)
+                async with asyncio.timeout(wait):
+                    await self.changed.wait()
 
 # %% ../../nbs/exchange/13b_server.ipynb #043d2e97
 def _cut(request: web.Request) -> web.Response:

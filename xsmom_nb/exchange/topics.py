@@ -16,7 +16,6 @@ from .broadcast import ticker_message
 from .broadcast import trade_message
 from .protocol import Refusal
 from .public import Market
-from .public import ticker
 from .quotes import trades_at
 from .tape import INTERVALS
 from .tape import bars_at
@@ -124,6 +123,8 @@ class Hub:
         "The messages of one topic."
         if topic.kind == "kline":
             return klines_since(self.market, topic, before_ms, now_ms)
+        if before_ms < now_ms and self.market.moment(before_ms) == self.market.moment(now_ms) and self._is_known(topic):
+            return []
         if topic.kind == "publicTrade":
             trades = trades_at(self.market.tape, topic.symbol, now_ms, 1000, before_ms - self.market.tape.recording.step_ms)
             fresh = [each for each in trades if _told_at(self.market, each.time_ms) > before_ms]
@@ -131,9 +132,15 @@ class Hub:
         message = self._ticker(topic, now_ms) if topic.kind == "tickers" else self._book(topic, now_ms)
         return [message] if message else []
 
+    def _is_known(self, topic: Topic) -> bool:
+        "Whether the listeners of a topic know what can only change at another moment."
+        if topic.kind == "tickers":
+            return topic.symbol in self._tickers
+        return topic.kind != "orderbook" or (topic.symbol, int(topic.detail)) in self._books
+
     def _ticker(self, topic: Topic, now_ms: int) -> Json | None:
         "A ticker, whole or what has changed."
-        now, before = ticker(self.market, topic.symbol, now_ms), self._tickers.get(topic.symbol)
+        now, before = self.market.ticker(topic.symbol, now_ms), self._tickers.get(topic.symbol)
         if now is None:
             return None
         self._tickers[topic.symbol] = now
@@ -171,7 +178,7 @@ def klines_since(
             if next_open(bar.open_time_ms, topic.detail) == closes_ms:
                 messages.append(kline_message(topic.symbol, topic.detail, bar, closes_ms, rules, True, closes_ms))
         closes_ms = next_open(closes_ms, topic.detail)
-    for bar in bars_at(market.tape, topic.symbol, topic.detail, now_ms, 1):
+    for bar in market.running(topic.symbol, topic.detail, now_ms):
         end_ms = next_open(bar.open_time_ms, topic.detail)
         if end_ms > now_ms:
             messages.append(kline_message(topic.symbol, topic.detail, bar, end_ms, rules, False, now_ms))

@@ -40,6 +40,10 @@ def number(
     decimals: int = 0,  # at least so many
 ) -> str:
     "A number as Bybit writes it."
+    if isinstance(value, float):
+        text = f"{value:.{decimals}f}"
+        if float(text) == value:  # as it nearly always is
+            return text
     text = str(value) if isinstance(value, Decimal) else repr(float(value))
     if "e" in text or "E" in text:
         text = format(Decimal(text), "f")
@@ -288,10 +292,12 @@ def _differences_of_value(example: Any, answer: Any, place: str) -> list[str]:
     "What is unlike between two things that are neither objects nor lists."
     if type(example) is not type(answer):
         return [f"{place}: {answer!r} is {type(answer).__name__}, in the example {type(example).__name__}"]
-    words = ENUMERATIONS.get(place.rpartition(".")[2])
+    key = place.rpartition(".")[2]
+    words = ENUMERATIONS.get(key)
     if isinstance(answer, str) and answer and words and answer not in words:
         return [f"{place}: {answer!r} is none of {', '.join(sorted(words))}"]
-    if isinstance(answer, str) and answer and _is_number(example) and not _is_number(answer):
+    is_name = key.endswith(("Id", "id", "ID"))  # a number for one category, another text for the next
+    if isinstance(answer, str) and answer and not is_name and _is_number(example) and not _is_number(answer):
         return [f"{place}: {answer!r} is no number, as {example!r} is in the example"]
     return []
 
