@@ -79,7 +79,7 @@ def strict_client(
     return StrictBybit({"enableRateLimit": False, **settings})
 
 # %% ../../nbs/exchange/20_line.ipynb #8ad10f1e
-_UNKNOWN = frozenset({10000, 10014, 10016, 110072, 110079, 3400214, 429})  # it does not know, or has the order already
+_UNKNOWN = frozenset({10000, 10014, 10016, 110079, 3400214, 429})  # the exchange does not know itself
 _PASSES = frozenset({10000, 10002, 10006, 10016, 10018, 110063, 110079, 3400214, 429})  # the same read may succeed later
 
 
