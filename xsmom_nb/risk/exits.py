@@ -422,9 +422,9 @@ def step_position(
 ) -> tuple[TrackedPosition, tuple[Exit, ...]]:  # afterwards, and what leaves, in order
     "Take a position through one tick."
     row, exits = as_row(position), empty_exits(rules)
-    average, slope = (np.nan if value is None else value for value in (tick.average, tick.slope))
+    average, slope = np.nan if tick.average is None else tick.average, np.nan if tick.slope is None else tick.slope
     count = step(row, tick.open, tick.high, tick.low, tick.close, average, slope, float(tick.time_ms), rules, exits)
-    left = tuple(Exit(float(price), float(fraction), REASONS[int(reason)]) for price, fraction, reason in exits[:count])
+    left = tuple(Exit(price, fraction, REASONS[int(reason)]) for price, fraction, reason in exits[:count].tolist())
     return as_record(row), left
 
 # %% ../../nbs/risk/01_exits.ipynb #ed1f3da4
