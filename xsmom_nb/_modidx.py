@@ -266,6 +266,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'xsmom_nb/backtest/replay.py')},
             'xsmom_nb.backtest.subjects': { 'xsmom_nb.backtest.subjects._backtest': ( 'backtest/subjects.html#_backtest',
                                                                                       'xsmom_nb/backtest/subjects.py'),
+                                            'xsmom_nb.backtest.subjects._filter': ( 'backtest/subjects.html#_filter',
+                                                                                    'xsmom_nb/backtest/subjects.py'),
                                             'xsmom_nb.backtest.subjects._indicators': ( 'backtest/subjects.html#_indicators',
                                                                                         'xsmom_nb/backtest/subjects.py'),
                                             'xsmom_nb.backtest.subjects._named': ( 'backtest/subjects.html#_named',
