@@ -152,8 +152,8 @@ def test_the_surroundings_do_not_matter(surroundings, root, tmp_path):
 # ── Pure ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 PURE_ROOMS = (
     "strategy", "risk", "execution.intents", "execution.plan", "decision", "decide", "market.universe", "exchange.fills")
-HARMLESS = {"__future__", "collections", "dataclasses", "decimal", "functools", "hashlib", "math", "typing", "re",
-            "numpy", "pandas", "talib", "pydantic", "numba"}
+HARMLESS = {"__future__", "collections", "dataclasses", "decimal", "functools", "hashlib", "math", "operator", "typing", "re",
+            "numpy", "pandas", "talib", "pydantic", "pydantic_core", "numba"}
 PURE_NAMES = {  # what may be taken from modules that also hold effects
     "clock": {"DAY_MS", "bars_per_day", "bars_per_year", "format_utc", "last_closed_open_ms", "timeframe_ms"},
     "config": {"Config", "require_built"},

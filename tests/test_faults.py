@@ -153,7 +153,7 @@ def test_killed_anywhere_and_started_again(accounts, kind, point, tmp_path):
 # ── A guard that dies ────────────────────────────────────────────────────────────────────────────────────────────────
 GUARD_KILLS = {
     "deciding": (guard, "guard_step", "after"),
-    "writing down": (guard, "save_memory", "after"),  # inside the transaction
+    "writing down": (guard, "keep_risk", "after"),  # inside the transaction
     "written down": (guard, "_keep", "after"),
     "way cleared": (guard, "_clear_way", "after"),
     "left": (guard, "_leave", "after"),

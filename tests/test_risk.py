@@ -33,7 +33,6 @@ from xsmom_nb.risk.exits import (
     is_stop_out,
     open_position,
     remaining_row,
-    resting_stop,
     step,
     step_position,
 )
@@ -115,7 +114,7 @@ def test_a_stop_never_moves_against_the_position(rows, rules, direction):
     _, states = walk(rows, rules, direction)
     stops = direction * np.array([state[STOP] for state in states])
     assert (np.diff(stops) >= 0).all()
-    resting = direction * np.array([resting_stop(state) for state in states])
+    resting = direction * np.array([as_record(state).resting_stop for state in states])
     assert (np.diff(resting) >= 0).all()
     assert (resting <= stops).all()  # what rests at the exchange never acts before the stop of the guard
 

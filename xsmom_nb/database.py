@@ -10,8 +10,8 @@ import hashlib
 import sqlite3
 import time
 from collections import namedtuple
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,25 +119,22 @@ class Database:
     location: str  # the database file, or the URL without its password
     folder: Path | None  # the folder of the database file; None for a server
 
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
+    def read(self) -> AbstractContextManager[Connection]:
         "A transaction that sees one moment and changes nothing; raises `StateError`."
-        with self._translated(), self.engine.connect().execution_options(only_reads=True) as connection:
-            yield connection
+        return self._inside(lambda: self.engine.connect().execution_options(only_reads=True))
 
-    @contextmanager
-    def write(self) -> Iterator[Connection]:
+    def write(self) -> AbstractContextManager[Connection]:
         "A transaction that holds the write lock from its start; raises `StateError` when it cannot be had in time."
-        with self._translated(), self.engine.begin() as connection:
-            yield connection
+        return self._inside(self.engine.begin)
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
-        "Turn the store's troubles into `StateError`."
+    def _inside(self, begin: Callable[[], AbstractContextManager[Connection]]) -> Iterator[Connection]:
+        "A transaction whose troubles are `StateError`."
         from sqlalchemy.exc import DBAPIError
 
         try:
-            yield
+            with begin() as connection:
+                yield connection
         except DBAPIError as error:
             if (translated := _state_error(self.location, error)) is None:
                 raise

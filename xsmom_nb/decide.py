@@ -151,7 +151,7 @@ def yardsticks_of(
     pace = atr(panel.high[recent], panel.low[recent], panel.close[recent], risk.atr_len)[-1]
     slope = average = unknown
     if risk.regime_flip.enabled:
-        slope = regime_slope(panel.close, regime.ema_len, regime.slope_bars, bars_per_day(panel.timeframe))[-1]
+        slope = regime_slope(panel.close, regime.ema_len, regime.slope_bars, bars_per_day(panel.timeframe), rows=1)[-1]
     if risk.trail_mode == "ma_atr":
         average = ema(panel.close, risk.trail_ema)[-1]
     columns = zip(panel.symbols, pace, slope, average, strict=True)

@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from .errors import DataError
 from .execution.intents import Intent
@@ -22,8 +23,8 @@ from .risk.brakes import Brakes
 from .risk.tracking import RiskMemory, Yardstick
 
 # %% auto #0
-__all__ = ['Snapshot', 'DayOfEquity', 'Aim', 'Memory', 'Verdict', 'Card', 'Decision', 'Decided', 'as_json', 'from_json',
-           'snapshot_as_json', 'snapshot_from_json']
+__all__ = ['Snapshot', 'DayOfEquity', 'Aim', 'Memory', 'Verdict', 'Card', 'Decision', 'Decided', 'as_json', 'as_text',
+           'from_json', 'snapshot_as_json', 'snapshot_from_json']
 
 # %% ../nbs/50_decision.ipynb #e002cf62
 @dataclass(frozen=True)
@@ -159,14 +160,26 @@ def as_json(
     content: dict[str, Any] = _adapter(kind).dump_python(record, mode="json")
     return content
 
+# %% ../nbs/50_decision.ipynb #4331135d
+def as_text(
+    record: Memory | RiskMemory,
+    without: frozenset[str] = frozenset(),  # fields that are left out
+) -> str:  # JSON
+    "A record as text that `from_json` reads; raises `XsmomError` for NaN and infinity."
+    text = to_json(record, exclude=set(without), inf_nan_mode="constants").decode()
+    if "NaN" in text or "Infinity" in text:
+        canonical_json(as_json(record))  # which says where
+    return text
+
 # %% ../nbs/50_decision.ipynb #f641bd4f
 def from_json(
     kind: Any,  # Memory, Decision or RiskMemory
-    content: Mapping[str, Any],  # as `as_json` gives it
+    content: Mapping[str, Any] | str,  # as `as_json` gives it, or the text of that
 ) -> Any:
     "Read a record back; raises `DataError` naming the field that does not fit."
+    text = content if isinstance(content, str) else canonical_json(content)
     try:
-        return _adapter(kind).validate_json(canonical_json(content), strict=False)
+        return _adapter(kind).validate_json(text, strict=False)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

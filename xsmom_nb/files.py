@@ -202,17 +202,20 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} has no canonical JSON form: {value!r}")
 
 # %% ../nbs/01_files.ipynb #cfcc43ae
+_SOUND = frozenset({str, int, bool, type(None), Decimal})  # whatever their value is
+
+
 def _refused_place(value: Any) -> tuple[str, str] | None:  # path from the value on, and what is wrong there
     "Where a value that canonical JSON refuses sits; None when there is none. The path is put together on the way back."
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 return "", f"has the key {key!r}; expected a string"
-            if found := _refused_place(item):
+            if type(item) not in _SOUND and (found := _refused_place(item)):
                 return f".{key}{found[0]}", found[1]
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, (list, tuple)):
         for position, item in enumerate(value):
-            if found := _refused_place(item):
+            if type(item) not in _SOUND and (found := _refused_place(item)):
                 return f"[{position}]{found[0]}", found[1]
     elif isinstance(value, float) and not math.isfinite(value):
         return "", f"is {value}; expected a finite number (write null for a missing one)"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MIGRATIONS', 'ChainHead', 'root_key', 'State', 'open_state', 'memory_state', 'symbol_versions', 'load_memory',
-           'save_memory', 'save_equity', 'export', 'check']
+           'save_text', 'save_memory', 'save_equity', 'export', 'check']
 
 # %% ../nbs/11_state.ipynb #209d8788
 _CHAIN = ("CREATE TABLE chain (root TEXT PRIMARY KEY, run_id TEXT, digest TEXT NOT NULL, entry TEXT NOT NULL, length INTEGER)",)
@@ -266,6 +266,18 @@ def load_memory(
         raise StateError(f"memory {name!r} is not JSON ({error}): `xsmom state check`, then restore the newest backup") from error
 
 
+def save_text(
+    connection: Connection,  # inside a writing transaction
+    name: str,
+    text: str,  # JSON
+    now_ms: int,  # UTC ms
+) -> None:
+    "Remember a text of JSON under a name, in place of the one before."
+    statement = ("INSERT INTO memory VALUES (:name, :value, :now_ms) "
+                 "ON CONFLICT (name) DO UPDATE SET value = excluded.value, updated_ms = excluded.updated_ms")
+    connection.execute(sql(statement), {"name": name, "value": text, "now_ms": now_ms})
+
+
 def save_memory(
     connection: Connection,  # inside a writing transaction
     name: str,
@@ -273,9 +285,7 @@ def save_memory(
     now_ms: int,  # UTC ms
 ) -> None:
     "Remember a value under a name, in place of the one before; raises `XsmomError` for what canonical JSON refuses."
-    statement = ("INSERT INTO memory VALUES (:name, :value, :now_ms) "
-                 "ON CONFLICT (name) DO UPDATE SET value = excluded.value, updated_ms = excluded.updated_ms")
-    connection.execute(sql(statement), {"name": name, "value": canonical_json(value).decode(), "now_ms": now_ms})
+    save_text(connection, name, canonical_json(value).decode(), now_ms)
 
 # %% ../nbs/11_state.ipynb #e6c7fa44
 def save_equity(

@@ -36,7 +36,7 @@ from xsmom_nb.strategy.core import (
     remember_row,
     warmup_bars,
 )
-from ..strategy.filters import ADX, REGISTRY, enabled_filters
+from ..strategy.filters import ADX, REGISTRY, Filter, enabled_filters
 from ..strategy.indicators import adx, atr, ema, rsi
 
 # %% ../../nbs/backtest/08b_subjects.ipynb #ed432541
@@ -124,9 +124,14 @@ def _backtest(panel: Panel, config: Config) -> dict[str, np.ndarray]:
     return {"targets": result.targets.to_numpy(), "held": result.weights.to_numpy(), "equity": result.equity["equity"].to_numpy()}
 
 # %% ../../nbs/backtest/08b_subjects.ipynb #bc4935fe
+def _filter(each: Filter) -> Subject:
+    "The feature of a filter, over all bars."
+    return Subject(f"filter.{each.name}", lambda panel, config: each.feature(panel, config, panel.shape[0]), each.history_bars)
+
+
 def all_subjects() -> dict[str, Subject]:  # by name
     "Everything of ours that a bias could hide in."
-    filters = [Subject(f"filter.{each.name}", each.feature, each.history_bars) for each in REGISTRY]
+    filters = [_filter(each) for each in REGISTRY]
     core = [Subject("core", core_stages, history_bars), Subject("backtest", _backtest, None)]
     return {each.name: each for each in [*_indicators(), *_universe(), *filters, *core]}
 

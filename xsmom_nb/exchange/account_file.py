@@ -14,6 +14,7 @@ from dataclasses import fields
 from dataclasses import replace
 from decimal import Decimal
 from decimal import InvalidOperation
+from operator import attrgetter
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -81,7 +82,8 @@ def as_row(
 ) -> dict[str, Any]:
     "A record as the values of a row."
     kind: Any = type(record)
-    values = ((name, getattr(record, name)) for name in _columns(kind))
+    columns = _columns(kind)
+    values = zip(columns, attrgetter(*columns)(record), strict=True)
     return {name: str(value) if isinstance(value, Decimal) else value for name, value in values} | more
 
 # %% ../../nbs/exchange/02b_account_file.ipynb #7cea2c1b

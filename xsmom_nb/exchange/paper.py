@@ -138,7 +138,8 @@ def happenings(
     "What has happened to the holdings of an account since it was last followed."
     step_ms, found, pieces = timeframe_ms(timeframe), list[Happening](), getattr(market, "pieces", None)
     due = {symbol: holding for symbol, holding in books.holdings.items() if _close_ms(symbol, holding, step_ms, pieces) <= now_ms}
-    trading = {instrument.symbol for instrument in market.fetch_instruments() if instrument.is_trading} if due else set()
+    known = market.fetch_instruments() if due else ()
+    trading = {instrument.symbol for instrument in known if instrument.symbol in due and instrument.is_trading}
     for symbol, holding in due.items():
         if pieces:
             bars = pieces.closed(symbol, holding.next_open_ms, now_ms)

@@ -12,19 +12,18 @@ from decimal import Decimal
 from ..clock import Clock, last_closed_open_ms
 from ..config import Config
 from ..database import sql
-from ..decision import as_json
 from ..exchange.matching import LATEST_SHARE
 from ..execution.execute import Sent, send_intents
 from ..execution.intents import Intent, exit_id
 from ..execution.journal import held_of, is_ours, set_held, unfinished_intents, upsert_orders
 from ..execution.plan import on_step
 from ..execution.reconcile import ask, book_news, look_until_ended, settle_intents
-from .memory import RISK, follow, recall, recall_risk
+from .memory import follow, keep_risk, recall, recall_risk
 from ..outbox import emit
 from ..ports import ExchangePort, Fill, Instrument, OrderRequest, Position, Side, TransientError
 from ..risk.exits import Exit, ExitRules, Tick, TrackedPosition, exit_rules, step_position
 from ..risk.tracking import Leaving, RiskMemory, SymbolRisk, Yardstick, measured
-from ..state import State, save_memory, symbol_versions
+from ..state import State, symbol_versions
 
 # %% auto #0
 __all__ = ['ATTEMPTS', 'heard', 'leaving_after', 'stop_price', 'step_symbol', 'GuardStep', 'exit_intents', 'stops_to_move',
@@ -236,7 +235,7 @@ def _keep(
         if recall_risk(connection, state) != before:
             return None
         if after is not before:
-            save_memory(connection, RISK, as_json(after), now_ms)
+            keep_risk(connection, after, now_ms)
         for symbol in leaving:
             was, now = before.symbols[symbol].leaving, after.symbols[symbol].leaving
             set_held(connection, symbol, held_of(connection, symbol), now_ms)
@@ -306,7 +305,7 @@ def _protect(
         return bare
     with state.write() as connection:
         current = recall_risk(connection, state)
-        save_memory(connection, RISK, as_json(replace(current, unprotected=bare)), now_ms)
+        keep_risk(connection, replace(current, unprotected=bare), now_ms)
         for symbol in sorted(set(bare) - set(current.unprotected)):
             why = reasons.get(symbol) or "no level is known for it yet"
             emit(connection, now_ms, "ERROR", "unprotected", f"{symbol}: no stop rests at the exchange: {why}", symbol)

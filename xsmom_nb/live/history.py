@@ -111,17 +111,16 @@ def _moved(
 # %% ../../nbs/live/00_history.ipynb #714da50c
 def _first_missing_ms(
     window: _Window,
-    i: int,  # column
-) -> int | None:  # open time, UTC ms; None when nothing is missing
-    "From when on the bars of a symbol have to be asked for."
+) -> list[int | None]:  # of each column: open time, UTC ms; None when nothing is missing
+    "From when on the bars of each symbol have to be asked for."
     begin = max(0, window.rows - RECHECKED_BARS)
-    known = np.isfinite(window.values[3, begin:, i])
-    if known.all():
-        return None
-    if known.any():
-        return window.first_ms + (begin + int(known.argmin())) * window.step_ms
-    earlier = np.flatnonzero(np.isfinite(window.values[3, :begin, i]))
-    return window.first_ms + (int(earlier[-1]) + 1 if earlier.size else 0) * window.step_ms
+    known = np.isfinite(window.values[3, begin:])
+    rows = (begin + known.argmin(axis=0)).tolist()
+    for i in np.flatnonzero(~known.any(axis=0)).tolist():  # nothing lately: from the last one that is known
+        earlier = np.flatnonzero(np.isfinite(window.values[3, :begin, i]))
+        rows[i] = int(earlier[-1]) + 1 if earlier.size else 0
+    whole = known.all(axis=0).tolist()
+    return [None if done else window.first_ms + row * window.step_ms for row, done in zip(rows, whole, strict=True)]
 
 # %% ../../nbs/live/00_history.ipynb #646e0b61
 def _take_bars(window: _Window, i: int, page: Sequence[Bar]) -> list[Bar]:  # those that cannot be
@@ -186,19 +185,18 @@ class History:
             raise RefusedError(f"history: {asked}; a clock goes backwards")
         window = _moved(window, wanted, row_ms)
         self.refused = []
-        for i, symbol in enumerate(wanted):
+        for i, (symbol, missing_ms) in enumerate(zip(wanted, _first_missing_ms(window), strict=True)):
             try:
-                self._fill_bars(window, i, symbol)
+                if missing_ms is not None:
+                    self._fill_bars(window, i, symbol, missing_ms)
                 self._fill_funding(window, i, symbol)
             except DataError as error:  # of this symbol alone: what did not come counts as missing
                 self.refused.append(f"{symbol}: {error}")
         self._window = window
         return _panel_of(window, self._timeframe, self._origin)
 
-    def _fill_bars(self, window: _Window, i: int, symbol: str) -> None:
-        "Ask for the bars of a symbol that are missing."
-        if (start_ms := _first_missing_ms(window, i)) is None:
-            return
+    def _fill_bars(self, window: _Window, i: int, symbol: str, start_ms: int) -> None:
+        "Ask for the bars of a symbol that are missing from a time on."
         if start_ms == window.last_ms and self._fill_last(window, i, symbol):
             return
 

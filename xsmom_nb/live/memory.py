@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..clock import format_utc
 from ..config import Config
 from ..database import sql
-from ..decision import Memory, as_json, from_json
+from ..decision import Memory, as_text, from_json
 from ..errors import DataError
 from ..execution.intents import EXIT
 from ..execution.journal import parts_of
@@ -24,13 +23,14 @@ from ..outbox import emit
 from ..ports import Fill, LedgerEntry
 from ..risk.brakes import released
 from ..risk.tracking import RiskMemory, RiskRules, Seen, SymbolRisk, Yardstick, after_funding, after_trade, risk_rules
-from ..state import State, load_memory, save_memory
+from ..state import State, load_memory, save_text
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # %% auto #0
-__all__ = ['MEMORY', 'RISK', 'recall_risk', 'recall_in', 'recall', 'remember', 'fold', 'first_ms', 'follow', 'resume']
+__all__ = ['MEMORY', 'RISK', 'recall_risk', 'recall_in', 'recall', 'keep_risk', 'keep_memory', 'remember', 'fold', 'first_ms',
+           'follow', 'resume']
 
 # %% ../../nbs/live/00b_memory.ipynb #72cde1b0
 MEMORY = "decide"  # under which name the state keeps what the last decision left
@@ -38,19 +38,31 @@ RISK = "risk"  # and what fills and prices have made of the account
 
 
 @functools.lru_cache(maxsize=8)
+def _place(kind: Any, text: str) -> list[Any]:
+    "Where the record of a text lies, once it is known."
+    return []
+
+
 def _record(kind: Any, text: str) -> Any:
     "A record from its text."
-    return from_json(kind, json.loads(text))
+    place = _place(kind, text)
+    if not place:
+        place.append(from_json(kind, text))
+    return place[0]
 
 
-def _kept(connection: Connection, kind: Any, name: str, state: State, loss: str) -> Any:
+def _texts(connection: Connection) -> dict[str, str]:
+    "The texts of both rows."
+    query = sql("SELECT name, value FROM memory WHERE name IN (:memory, :risk)")
+    return {row.name: row.value for row in connection.execute(query, {"memory": MEMORY, "risk": RISK})}
+
+
+def _kept(connection: Connection, kind: Any, name: str, text: str | None, state: State, loss: str) -> Any:
     "The record of a row, a fresh one where there is none; raises `DataError`, `StateError` for one that cannot be read."
-    text = connection.execute(sql("SELECT value FROM memory WHERE name = :name"), {"name": name}).scalar_one_or_none()
     try:
         return kind() if text is None else _record(kind, text)
-    except json.JSONDecodeError:
-        return load_memory(connection, name)  # which says what is wrong
     except DataError as error:
+        load_memory(connection, name)  # raises where it is not even JSON
         raise DataError(f"state {state.location}: {error}; restore the newest backup of the file, or, to forget {loss}, delete "
                         f"the row {name!r} of its table memory") from error
 
@@ -60,8 +72,7 @@ def recall_risk(
     state: State,
 ) -> RiskMemory:
     "What fills and prices have left; raises `DataError` for a row that cannot be read."
-    risk: RiskMemory = _kept(connection, RiskMemory, RISK, state, "pauses, odds and stops (they are built anew from the fills)")
-    return risk
+    return recall_in(connection, state).risk
 
 
 def recall_in(
@@ -69,8 +80,10 @@ def recall_in(
     state: State,
 ) -> Memory:
     "The memory, in a transaction of the caller; raises `DataError` for one that cannot be read."
-    memory: Memory = _kept(connection, Memory, MEMORY, state, "what was wanted")
-    return replace(memory, risk=recall_risk(connection, state))
+    texts = _texts(connection)
+    memory: Memory = _kept(connection, Memory, MEMORY, texts.get(MEMORY), state, "what was wanted")
+    lost = "pauses, odds and stops (they are built anew from the fills)"
+    return replace(memory, risk=_kept(connection, RiskMemory, RISK, texts.get(RISK), state, lost))
 
 
 def recall(
@@ -81,15 +94,36 @@ def recall(
         return recall_in(connection, state)
 
 # %% ../../nbs/live/00b_memory.ipynb #dd5072cc
+def keep_risk(
+    connection: Connection,  # inside the writing transaction that read it
+    risk: RiskMemory,
+    now_ms: int,  # UTC ms
+) -> None:
+    "Keep what fills and prices have left."
+    text = as_text(risk)
+    save_text(connection, RISK, text, now_ms)
+    _place(RiskMemory, text)[:] = [risk]
+
+
+def keep_memory(
+    connection: Connection,  # inside a writing transaction
+    memory: Memory,
+    now_ms: int,  # UTC ms
+) -> None:
+    "Keep what a decision left, all but the part that is not its own."
+    text = as_text(memory, without=frozenset({"risk"}))
+    save_text(connection, MEMORY, text, now_ms)
+    _place(Memory, text)[:] = [replace(memory, risk=RiskMemory())]
+
+
 def remember(
     state: State,
     memory: Memory,
     now_ms: int,  # UTC ms
 ) -> None:
-    "Keep what a decision left, all but the part that is not its own."
-    left = {name: value for name, value in as_json(memory).items() if name != "risk"}
+    "Keep what a decision left, in a transaction of its own."
     with state.write() as connection:
-        save_memory(connection, MEMORY, left, now_ms)
+        keep_memory(connection, memory, now_ms)
 
 # %% ../../nbs/live/00b_memory.ipynb #6530455f
 def _moved(
@@ -195,7 +229,7 @@ def follow(
     with state.write() as connection:
         before, after = _folded(connection, state, config)
         if after is not before:
-            save_memory(connection, RISK, as_json(after), now_ms)
+            keep_risk(connection, after, now_ms)
             _tell_exits(connection, before, after, now_ms)
     return after
 
@@ -208,7 +242,6 @@ def resume(
     with state.write() as connection:
         before = recall_in(connection, state)
         after = replace(before, brakes=released(before.brakes), days=())
-        left = {name: value for name, value in as_json(after).items() if name != "risk"}
-        save_memory(connection, MEMORY, left, now_ms)
+        keep_memory(connection, after, now_ms)
         emit(connection, now_ms, "WARNING", "resumed", "trading was resumed by a person; losses are counted anew from now on")
     return after

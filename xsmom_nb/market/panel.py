@@ -313,9 +313,9 @@ def _check_shape(
     for name in (*FIELDS, "funding"):
         if getattr(panel, name).shape != expected:
             raise DataError(f"panel.{name} has shape {getattr(panel, name).shape}; expected {expected}, as time and symbols say")
-    unknown = np.argwhere(~np.isfinite(panel.funding))
-    if unknown.size:
-        t, i = unknown[0]
+    known = np.isfinite(panel.funding)
+    if not known.all():
+        t, i = np.argwhere(~known)[0]
         value = f"funding is {panel.funding[t, i]}"
         raise _refusal(panel.symbols[i], panel.open_time_ms[t], value, "a finite number, 0 where none settled")
 

@@ -8,11 +8,12 @@ __all__ = ['EXTREME', 'MA_ATR', 'TRAIL_MODES', 'MINUTE_MS', 'HOUR_MS', 'DIRECTIO
            'OPENED_MS', 'POSITION_FIELDS', 'REASONS', 'BY_INITIAL', 'BY_CATASTROPHIC', 'BY_BREAKEVEN', 'BY_TRAILING',
            'BY_PROFIT', 'BY_FLIP', 'BY_NO_PROGRESS', 'BY_MAX_HOLD', 'EXIT_PRICE', 'EXIT_FRACTION', 'EXIT_REASON',
            'EXIT_FIELDS', 'ExitRules', 'exit_rules', 'is_stop_out', 'open_position', 'follow_fill', 'empty_exits',
-           'step', 'calm_range', 'remaining_row', 'resting_stop', 'TrackedPosition', 'as_row', 'as_record', 'Tick',
-           'Exit', 'step_position', 'fill_position']
+           'step', 'calm_range', 'remaining_row', 'TrackedPosition', 'as_row', 'as_record', 'Tick', 'Exit',
+           'step_position', 'fill_position']
 
 # %% ../../nbs/risk/01_exits.ipynb #7e87a0b0
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -317,16 +318,6 @@ def remaining_row(
         out[i] = positions[i, REMAINING] if same else 1.0
 
 # %% ../../nbs/risk/01_exits.ipynb #ac64e730
-@stage
-def resting_stop(
-    position: np.ndarray,  # shape (POSITION_FIELDS,), not flat
-) -> float:  # a price, NaN where there is none
-    "The stop that belongs at the exchange now."
-    engaged = position[STOP_REASON] == BY_BREAKEVEN or position[STOP_REASON] == BY_TRAILING
-    level = position[STOP] if engaged else position[CATASTROPHIC]
-    return level if level > 0.0 else np.nan
-
-# %% ../../nbs/risk/01_exits.ipynb #7b7c5487
 @dataclass(frozen=True, slots=True)
 class TrackedPosition:
     "The state of one position, as a record."
@@ -350,7 +341,9 @@ class TrackedPosition:
     @property
     def resting_stop(self) -> float | None:
         "The stop that belongs at the exchange now; None where there can be none."
-        return _number(float(resting_stop(as_row(self))))
+        engaged = self.stop_reason in (REASONS[BY_BREAKEVEN], REASONS[BY_TRAILING])
+        level = self.stop if engaged else self.catastrophic_stop
+        return level if level is not None and level > 0.0 else None
 
 # %% ../../nbs/risk/01_exits.ipynb #454e59cd
 def _number(value: float) -> float | None:
@@ -358,23 +351,27 @@ def _number(value: float) -> float | None:
     return value if value == value else None
 
 # %% ../../nbs/risk/01_exits.ipynb #782bd407
+_values = attrgetter(*TrackedPosition.__dataclass_fields__)
+
+
 def as_row(position: TrackedPosition) -> np.ndarray:  # shape (POSITION_FIELDS,)
     "A record as the compiled code takes it."
-    values = [getattr(position, name) for name in TrackedPosition.__dataclass_fields__]
+    values = list(_values(position))
     values[STOP_REASON] = REASONS.index(position.stop_reason)
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    return np.array(values, dtype=np.float64)  # None becomes NaN
 
 # %% ../../nbs/risk/01_exits.ipynb #a8117cc6
 def as_record(
     row: np.ndarray,  # shape (POSITION_FIELDS,), not flat
 ) -> TrackedPosition:
     "A row as a record."
+    values = row.tolist()
     return TrackedPosition(
-        direction=int(row[DIRECTION]), entry=float(row[ENTRY]), atr=_number(float(row[ATR])), risk=_number(float(row[RISK])),
-        initial_stop=_number(float(row[INITIAL_STOP])), catastrophic_stop=_number(float(row[CATASTROPHIC])),
-        stop=_number(float(row[STOP])), stop_reason=REASONS[int(row[STOP_REASON])], highest=float(row[HIGHEST]),
-        lowest=float(row[LOWEST]), rungs=int(row[RUNGS]), remaining=float(row[REMAINING]), trails=bool(row[TRAILS]),
-        bars_against=int(row[AGAINST]), opened_ms=int(row[OPENED_MS]))
+        direction=int(values[DIRECTION]), entry=values[ENTRY], atr=_number(values[ATR]), risk=_number(values[RISK]),
+        initial_stop=_number(values[INITIAL_STOP]), catastrophic_stop=_number(values[CATASTROPHIC]), stop=_number(values[STOP]),
+        stop_reason=REASONS[int(values[STOP_REASON])], highest=values[HIGHEST], lowest=values[LOWEST],
+        rungs=int(values[RUNGS]), remaining=values[REMAINING], trails=bool(values[TRAILS]), bars_against=int(values[AGAINST]),
+        opened_ms=int(values[OPENED_MS]))
 
 # %% ../../nbs/risk/01_exits.ipynb #babba7c6
 @dataclass(frozen=True, slots=True)
@@ -425,9 +422,9 @@ def step_position(
 ) -> tuple[TrackedPosition, tuple[Exit, ...]]:  # afterwards, and what leaves, in order
     "Take a position through one tick."
     row, exits = as_row(position), empty_exits(rules)
-    average, slope = (np.nan if value is None else value for value in (tick.average, tick.slope))
+    average, slope = np.nan if tick.average is None else tick.average, np.nan if tick.slope is None else tick.slope
     count = step(row, tick.open, tick.high, tick.low, tick.close, average, slope, float(tick.time_ms), rules, exits)
-    left = tuple(Exit(float(price), float(fraction), REASONS[int(reason)]) for price, fraction, reason in exits[:count])
+    left = tuple(Exit(price, fraction, REASONS[int(reason)]) for price, fraction, reason in exits[:count].tolist())
     return as_record(row), left
 
 # %% ../../nbs/risk/01_exits.ipynb #ed1f3da4

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['STAGES', 'Market', 'prepare', 'Parameters', 'warmup_bars', 'core_parameters', 'Memory', 'fresh_memory',
+__all__ = ['STAGES', 'Market', 'reach_bars', 'prepare', 'Parameters', 'warmup_bars', 'core_parameters', 'Memory', 'fresh_memory',
            'remember_row', 'choose_row', 'weigh_row', 'core_row', 'walk_start', 'core_rows', 'core_weights',
            'removal_rows', 'filter_removals', 'history_bars']
 
@@ -61,12 +61,23 @@ class Market(NamedTuple):
     features: np.ndarray  # shape (F, T, N)
 
 # %% ../../nbs/strategy/06_core.ipynb #9956583c
+def reach_bars(
+    config: Config,
+    timeframe: str,  # of the panel, such as 1h
+) -> int:
+    "Bars before a decided row that the core reads, beside the averages of its filters."
+    walked = REBUILD_BARS + config.strategy.vol_lookback
+    return max(walked + max(warmup_bars(config), bars_per_day(timeframe)), config.vol_target.lookback_bars + 1)
+
+
 def prepare(
     panel: Panel,
     config: Config,
-) -> Market:
+    rows: int | None = None,  # how many of the last rows are decided; None: all
+) -> Market:  # of the rows that are read for that
     "Prepare a panel for the core: everything that is computed once."
-    close = panel.close
+    kept = panel.shape[0] if rows is None else min(panel.shape[0], rows + reach_bars(config, panel.timeframe))
+    close = panel.close[-kept:]
     returns = np.zeros(close.shape)
     returns[1:] = close[1:] / close[:-1] - 1.0
     returns[np.isnan(returns)] = 0.0
@@ -77,10 +88,10 @@ def prepare(
         returns=returns,
         returns_by_symbol=np.ascontiguousarray(returns.T),
         runs=finite_runs(close),
-        day_volume=day_quote_volume(close, panel.volume, bars_per_day(panel.timeframe)),
+        day_volume=day_quote_volume(close, panel.volume[-kept:], bars_per_day(panel.timeframe)),
         admitted=admitted_symbols(panel.symbols, config.universe.whitelist, config.universe.banlist),
-        bar_number=panel.open_time_ms // step + 1,
-        **dict(zip(("filter_kinds", "filter_parameters", "features"), prepare_filters(panel, config), strict=True)),
+        bar_number=panel.open_time_ms[-kept:] // step + 1,
+        **dict(zip(("filter_kinds", "filter_parameters", "features"), prepare_filters(panel, config, kept), strict=True)),
     )
 
 # %% ../../nbs/strategy/06_core.ipynb #93ffb586
@@ -327,7 +338,7 @@ def core_weights(
     rows: int | None = None,  # how many of the last rows; None: all
 ) -> np.ndarray:  # shares of equity, signed, shape (rows, N)
     "Target weights before overlays and turnover control."
-    parameters, market = core_parameters(config, panel.timeframe), prepare(panel, config)
+    parameters, market = core_parameters(config, panel.timeframe), prepare(panel, config, rows)
     out = np.zeros((panel.shape[0] if rows is None else min(rows, panel.shape[0]), panel.shape[1]))
     core_rows(market, parameters, fresh_memory(market, parameters), out)
     return out

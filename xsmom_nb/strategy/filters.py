@@ -32,12 +32,16 @@ def regime_slope(
     ema_len: int,  # of the average, in bars
     slope_bars: int,  # over which the slope is taken, in bars
     bars_per_day: int,
-) -> np.ndarray:  # in bps a day, shape (T, N)
+    rows: int | None = None,  # how many of the last rows; None: all
+) -> np.ndarray:  # in bps a day, shape (rows, N)
     "Slope of the EMA of each column."
-    average = ema(close, ema_len)
-    slope = np.full(close.shape, np.nan)
-    slope[slope_bars:] = (average[slope_bars:] / average[:-slope_bars] - 1.0) * 1e4 * bars_per_day / slope_bars
-    slope[np.cumsum(np.isfinite(close), axis=0) < ema_len + slope_bars] = np.nan
+    average, known = ema(close, ema_len), np.isfinite(close)
+    first = 0 if rows is None else max(close.shape[0] - rows, 0)
+    later = average[max(first, slope_bars) :]
+    earlier = average[max(first - slope_bars, 0) :][: len(later)]
+    slope = np.full((close.shape[0] - first, close.shape[1]), np.nan)
+    slope[len(slope) - len(later) :] = (later / earlier - 1.0) * 1e4 * bars_per_day / slope_bars
+    slope[known[:first].sum(axis=0) + np.cumsum(known[first:], axis=0) < ema_len + slope_bars] = np.nan
     return slope
 
 # %% ../../nbs/strategy/02_filters.ipynb #659638bc
@@ -77,7 +81,7 @@ def adx_row(
 class Filter(NamedTuple):
     "One filter: how its feature is prepared and which numbers its row rule takes."
     name: str  # as in `filters.order`
-    feature: Callable[[Panel, Config], np.ndarray]  # shape (T, N), row t known at the close of t
+    feature: Callable[[Panel, Config, int], np.ndarray]  # so many last rows, shape (R, N), each known at the close of its bar
     parameters: Callable[[Config], tuple[float, float]]  # what the row rule takes
     history_bars: Callable[[Config], int]  # bars until the feature is what a longer history would give
     rule: Callable[[Config], str]  # in words, with its numbers
@@ -95,15 +99,15 @@ REGIME, ADX = 0, 1
 REGISTRY: tuple[Filter, ...] = (
     Filter(
         name="regime",
-        feature=lambda panel, config: regime_slope(
-            panel.close, config.filters.regime.ema_len, config.filters.regime.slope_bars, bars_per_day(panel.timeframe)),
+        feature=lambda panel, config, rows: regime_slope(
+            panel.close, config.filters.regime.ema_len, config.filters.regime.slope_bars, bars_per_day(panel.timeframe), rows),
         parameters=lambda config: (REGIME_MODES[config.filters.regime.mode], config.filters.regime.slope_min_bps_per_day),
         history_bars=lambda config: 12 * config.filters.regime.ema_len + config.filters.regime.slope_bars,
         rule=_regime_rule,
     ),
     Filter(
         name="adx",
-        feature=lambda panel, config: adx(panel.high, panel.low, panel.close, config.filters.adx.len),
+        feature=lambda panel, config, rows: adx(panel.high, panel.low, panel.close, config.filters.adx.len)[-rows:],
         parameters=lambda config: (config.filters.adx.min_adx, float(config.filters.adx.require_rising)),
         history_bars=lambda config: 40 * config.filters.adx.len,
         rule=lambda config: f"ADX ≥ {config.filters.adx.min_adx:g}" + (", rising" if config.filters.adx.require_rising else ""),
@@ -163,12 +167,14 @@ def apply_filters(
 def prepare_filters(
     panel: Panel,
     config: Config,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # kinds (F,), parameters (F, 2), features (F, T, N)
+    rows: int | None = None,  # how many of the last rows; None: all
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # kinds (F,), parameters (F, 2), features (F, rows, N)
     "The enabled filters as arrays."
     kinds = enabled_filters(config)
-    features = [REGISTRY[kind].feature(panel, config) for kind in kinds]
+    rows = panel.shape[0] if rows is None else rows
+    features = [REGISTRY[kind].feature(panel, config, rows) for kind in kinds]
     return (
         np.array(kinds, dtype=np.int64),
         np.array([REGISTRY[kind].parameters(config) for kind in kinds]).reshape(len(kinds), 2),
-        np.stack(features) if features else np.empty((0, *panel.shape)),
+        np.stack(features) if features else np.empty((0, rows, panel.shape[1])),
     )

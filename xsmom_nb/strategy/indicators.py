@@ -38,6 +38,12 @@ def _ema_column(close: np.ndarray, length: int, out: np.ndarray) -> None:
         out[t] = value
 
 # %% ../../nbs/strategy/00_indicators.ipynb #9fdb1f62
+@njit
+def _ema_columns(close: np.ndarray, length: int, out: np.ndarray) -> None:
+    for column in range(close.shape[1]):
+        _ema_column(close[:, column], length, out[:, column])
+
+
 def ema(
     close: np.ndarray,  # closes, shape (T, N), NaN where a bar is missing
     length: int,  # in bars
@@ -45,8 +51,7 @@ def ema(
     "Exponential moving average of each column, seeded with the mean of its first `length` closes."
     check_panel(length, close)
     out = np.empty_like(close)
-    for column in range(close.shape[1]):
-        _ema_column(close[:, column], length, out[:, column])
+    _ema_columns(close, length, out)
     return out
 
 # %% ../../nbs/strategy/00_indicators.ipynb #90e73a34
@@ -68,6 +73,12 @@ def _atr_column(high: np.ndarray, low: np.ndarray, close: np.ndarray, length: in
         out[t] = value
 
 # %% ../../nbs/strategy/00_indicators.ipynb #0202197b
+@njit
+def _atr_columns(high: np.ndarray, low: np.ndarray, close: np.ndarray, length: int, out: np.ndarray) -> None:
+    for column in range(close.shape[1]):
+        _atr_column(high[:, column], low[:, column], close[:, column], length, out[:, column])
+
+
 def atr(
     high: np.ndarray,  # shape (T, N)
     low: np.ndarray,  # shape (T, N)
@@ -77,8 +88,7 @@ def atr(
     "Wilder's average true range of each column."
     check_panel(length, high, low, close)
     out = np.empty_like(close)
-    for column in range(close.shape[1]):
-        _atr_column(high[:, column], low[:, column], close[:, column], length, out[:, column])
+    _atr_columns(high, low, close, length, out)
     return out
 
 # %% ../../nbs/strategy/00_indicators.ipynb #9f23af11
@@ -100,6 +110,12 @@ def _rsi_column(close: np.ndarray, length: int, out: np.ndarray) -> None:
         out[t] = value
 
 # %% ../../nbs/strategy/00_indicators.ipynb #c1aabf2d
+@njit
+def _rsi_columns(close: np.ndarray, length: int, out: np.ndarray) -> None:
+    for column in range(close.shape[1]):
+        _rsi_column(close[:, column], length, out[:, column])
+
+
 def rsi(
     close: np.ndarray,  # shape (T, N), NaN where a bar is missing
     length: int,  # in bars
@@ -107,8 +123,7 @@ def rsi(
     "Wilder's relative strength index of each column."
     check_panel(length, close)
     out = np.empty_like(close)
-    for column in range(close.shape[1]):
-        _rsi_column(close[:, column], length, out[:, column])
+    _rsi_columns(close, length, out)
     return out
 
 # %% ../../nbs/strategy/00_indicators.ipynb #1139184b
@@ -147,6 +162,12 @@ def _adx_column(high: np.ndarray, low: np.ndarray, close: np.ndarray, length: in
         out[t] = value
 
 # %% ../../nbs/strategy/00_indicators.ipynb #4acfc924
+@njit
+def _adx_columns(high: np.ndarray, low: np.ndarray, close: np.ndarray, length: int, out: np.ndarray) -> None:
+    for column in range(close.shape[1]):
+        _adx_column(high[:, column], low[:, column], close[:, column], length, out[:, column])
+
+
 def adx(
     high: np.ndarray,  # shape (T, N)
     low: np.ndarray,  # shape (T, N)
@@ -156,6 +177,5 @@ def adx(
     "Wilder's average directional index of each column."
     check_panel(length, high, low, close)
     out = np.empty_like(close)
-    for column in range(close.shape[1]):
-        _adx_column(high[:, column], low[:, column], close[:, column], length, out[:, column])
+    _adx_columns(high, low, close, length, out)
     return out

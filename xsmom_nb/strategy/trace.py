@@ -98,7 +98,7 @@ def trace_row(
     config: Config,
 ) -> tuple[CoreRow, Market, Parameters]:  # and what it was made from
     "Decide the last row of a panel and keep everything that was looked at."
-    parameters, market = core_parameters(config, panel.timeframe), prepare(panel, config)
+    parameters, market = core_parameters(config, panel.timeframe), prepare(panel, config, rows=1)
     memory, weights = fresh_memory(market, parameters, traced=True), np.zeros((1, panel.shape[1]))
     may_enter = core_rows(market, parameters, memory, weights)
     row = CoreRow(
@@ -106,7 +106,7 @@ def trace_row(
         members=memory.members == 1, ranked=memory.ranked == 1,
         momentum=memory.momentum, volatility=memory.volatility, z=memory.z,
         rank=_ranks(memory, parameters.entry_zscore_min), removed=memory.permissions.removed,
-        filters=filter_views(market, config, panel.shape[0] - 1), stages=_stages(memory, weights[0]))
+        filters=filter_views(market, config, market.close.shape[0] - 1), stages=_stages(memory, weights[0]))
     return row, market, parameters
 
 # %% ../../nbs/strategy/07_trace.ipynb #e9fc9d88
