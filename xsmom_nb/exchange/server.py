@@ -43,7 +43,8 @@ from .topics import topic_of
 from .wire import Json
 
 # %% auto #0
-__all__ = ['LONGEST_QUEUE', 'Session', 'deliver', 'heard_as', 'Server', 'http', 'side', 'socket', 'heard', 'serve', 'serving']
+__all__ = ['LONGEST_QUEUE', 'Session', 'deliver', 'heard_as', 'Server', 'flush', 'pump', 'http', 'side', 'socket', 'heard',
+           'serve', 'serving']
 
 # %% ../../nbs/exchange/13b_server.ipynb #3bb43586
 LONGEST_QUEUE = 20_000  # messages that may wait for one listener
@@ -161,10 +162,10 @@ class Server:
             taken = error.errno == errno.EADDRINUSE
             why = "another program listens there; end it or name another port" if taken else error.strerror
             raise UsageError(f"port {port} of {host}: {why}") from error
-        self._start_task(self.pump())
+        self.start_task(pump(self))
         return f"http://{host}:{self._runner.addresses[0][1]}"
 
-    def _start_task(self, work: Any) -> asyncio.Task[None]:
+    def start_task(self, work: Any) -> asyncio.Task[None]:
         "Run something beside; it is kept until it ends."
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
@@ -191,39 +192,45 @@ class Server:
             return await socket(self, request, _SOCKETS[path])
         return await http(self, request)
 
-    def flush(self) -> None:
-        "Hand what the simulator has to say to those who listen."
-        outgoing, self.simulator.outgoing = self.simulator.outgoing, []
-        for each in outgoing:
-            text = "" if each.user else as_text(each.message)
-            for session in list(self.sessions):
-                if each.user and session.key is not None and session.key.user == each.user:
-                    for topic in sorted(session.topics):
-                        message = heard_as(topic, each)
-                        if message:
-                            deliver(session, as_text(message), self.simulator.faults(f"push {topic}"))
-                elif not each.user and each.topic in session.topics:
-                    deliver(session, text, self.simulator.faults(f"push {each.topic}"))
+# %% ../../nbs/exchange/13b_server.ipynb #730e25d7
+def flush(
+    server: Server,
+) -> None:
+    "Hand what the simulator has to say to those who listen."
+    outgoing, server.simulator.outgoing = server.simulator.outgoing, []
+    for each in outgoing:
+        text = "" if each.user else as_text(each.message)
+        for session in list(server.sessions):
+            if each.user and session.key is not None and session.key.user == each.user:
+                for topic in sorted(session.topics):
+                    message = heard_as(topic, each)
+                    if message:
+                        deliver(session, as_text(message), server.simulator.faults(f"push {topic}"))
+            elif not each.user and each.topic in session.topics:
+                deliver(session, text, server.simulator.faults(f"push {each.topic}"))
 
-    async def pump(self) -> None:
-        "Let the time pass."
-        while True:
-            pace, due_ms = self.simulator.pace, self.simulator.next_due_ms()
-            wait = 0.05
-            if pace.mode == "running":
-                wait = min((due_ms - pace.now_ms()) / 1000 / pace.speed, wait)
-            elif pace.mode == "stepped" and pace.permitted and not pace.awaited(due_ms) and not pace.is_over:
-                pace.move(due_ms)
-                wait = 0.0
-            self.simulator.advance_to(min(pace.now_ms(), due_ms))  # one step at a time, so that the line gets its turn
-            self.flush()
-            self.changed.clear()
-            if wait <= 0:
-                await asyncio.sleep(0)
-                continue
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self.changed.wait()
+# %% ../../nbs/exchange/13b_server.ipynb #48bf0fdc
+async def pump(
+    server: Server,
+) -> None:
+    "Let the time pass."
+    while True:
+        pace, due_ms = server.simulator.pace, server.simulator.next_due_ms()
+        wait = 0.05
+        if pace.mode == "running":
+            wait = min((due_ms - pace.now_ms()) / 1000 / pace.speed, wait)
+        elif pace.mode == "stepped" and pace.permitted and not pace.awaited(due_ms) and not pace.is_over:
+            pace.move(due_ms)
+            wait = 0.0
+        server.simulator.advance_to(min(pace.now_ms(), due_ms))  # one step at a time, so that the line gets its turn
+        flush(server)
+        server.changed.clear()
+        if wait <= 0:
+            await asyncio.sleep(0)
+            continue
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait):
+                await server.changed.wait()
 
 # %% ../../nbs/exchange/13b_server.ipynb #043d2e97
 def _cut(request: web.Request) -> web.Response:
@@ -279,13 +286,13 @@ async def http(
 def _tell(server: Server, answer: Answered, kinds: dict[str, Fault]) -> None:
     "Send what an answer caused on the stream, before it or after it."
     if not answer.pushes:
-        server.flush()
+        flush(server)
         return
     simulator = server.simulator
     simulator.say(answer.user, answer.pushes, simulator.pace.now_ms())
     is_first = draw(simulator.terms.seed, "first", simulator.number("answer")) < 0.5
     if "private_first" in kinds or (is_first and "private_last" not in kinds):
-        server.flush()
+        flush(server)
     else:
         last = kinds.get("private_last")
         wait = float(last.parameters["wait_ms"]) / 1000 if last else _LATER_SECONDS
@@ -296,7 +303,7 @@ def _tell(server: Server, answer: Answered, kinds: dict[str, Fault]) -> None:
 def _release(server: Server, held: list[Outgoing]) -> None:
     "Send what was held back."
     server.simulator.outgoing = held + server.simulator.outgoing
-    server.flush()
+    flush(server)
 
 # %% ../../nbs/exchange/13b_server.ipynb #c4b3b75e
 async def side(
@@ -318,7 +325,7 @@ async def side(
     if name == "advance":
         return await _advance(server, parameters)
     status, answer = side_answer(server.simulator, name, parameters)
-    server.flush()
+    flush(server)
     server.changed.set()
     return web.json_response(answer, status=status)
 
@@ -332,7 +339,7 @@ async def _advance(server: Server, parameters: Json) -> web.Response:
         while pace.now_ms() < to_ms:
             pace.move(min(simulator.next_due_ms(), to_ms))
             simulator.advance_to(pace.now_ms())
-            server.flush()
+            flush(server)
             await asyncio.sleep(0)
         pace.move(to_ms)
     except UsageError as error:
@@ -353,7 +360,7 @@ async def socket(
     session = Session(kind, name, request.remote or "", line, request.transport)
     server.sessions.add(session)
     server.simulator.journal.note("socket", server.simulator.pace.now_ms(), connection=name, what="open", socket=kind)
-    writer = server._start_task(session.write())
+    writer = server.start_task(session.write())
     try:
         async for message in line:
             if message.type == WSMsgType.TEXT:
@@ -412,7 +419,7 @@ def _subscribe(server: Server, session: Session, request: Json, is_silent: bool)
     "Join or leave topics: all of them, or none where one is wrong."
     names, simulator = [str(name) for name in request.get("args") or []], server.simulator
     simulator.advance_to(simulator.pace.now_ms())
-    server.flush()
+    flush(server)
     is_private = session.kind == "private"
     try:
         if is_private and session.key is None:
