@@ -145,7 +145,8 @@ class Server:
         self,
         simulator: Simulator,
     ) -> None:
-        self.simulator, self.sessions, self.tasks = simulator, set[Session](), set[asyncio.Task[None]]()
+        self.simulator, self.tasks = simulator, set[asyncio.Task[None]]()
+        self.sessions: dict[Session, None] = {}  # in the order in which they came, so that faults fall alike in every run
         self.changed = asyncio.Event()  # the clock was told something
         self._runner: web.AppRunner | None = None
 
@@ -358,7 +359,7 @@ async def socket(
     await line.prepare(request)
     name = f"c{server.simulator.number('connection')}"
     session = Session(kind, name, request.remote or "", line, request.transport)
-    server.sessions.add(session)
+    server.sessions[session] = None
     server.simulator.journal.note("socket", server.simulator.pace.now_ms(), connection=name, what="open", socket=kind)
     writer = server.start_task(session.write())
     try:
@@ -367,7 +368,7 @@ async def socket(
                 heard(server, session, message.data)
     finally:
         writer.cancel()
-        server.sessions.discard(session)
+        server.sessions.pop(session, None)
         for topic in session.topics if kind == "public" else ():
             server.simulator.hub.leave(topic_of(topic, server.simulator.market.tape.panel.symbols))
         server.simulator.journal.note("socket", server.simulator.pace.now_ms(), connection=name, what="end", socket=kind)
