@@ -25,8 +25,8 @@ from .public import category_of
 from .wire import Json
 
 # %% auto #0
-__all__ = ['PRIVATE', 'Push', 'Reply', 'AccountEngine', 'PrivateEndpoint', 'body_json', 'checked', 'key_json', 'Served',
-           'listing', 'batch', 'batch_items', 'served', 'EmptyAccount']
+__all__ = ['PRIVATE', 'Push', 'Reply', 'AccountReads', 'AccountEngine', 'PrivateEndpoint', 'body_json', 'checked', 'key_json',
+           'Served', 'listing', 'batch', 'batch_items', 'served', 'EmptyAccount']
 
 # %% ../../nbs/exchange/12f_private.ipynb #5031d605
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,47 @@ class Reply:
     pushes: tuple[Push, ...] = ()
 
 # %% ../../nbs/exchange/12f_private.ipynb #42dac459
-class AccountEngine(Protocol):
+class AccountReads(Protocol):
+    "What an account can be asked."
+
+    def open_orders(self, query: Json, now_ms: int) -> Sequence[Json]:
+        "`order/realtime`: open orders; by `orderId` or `orderLinkId` also those that have ended lately."
+        ...
+
+    def order_history(self, query: Json, now_ms: int) -> Sequence[Json]:
+        "`order/history`"
+        ...
+
+    def executions(self, query: Json, now_ms: int) -> Sequence[Json]:
+        "`execution/list`"
+        ...
+
+    def positions(self, query: Json, now_ms: int) -> Sequence[Json]:
+        "`position/list`: of a symbol also when it is flat, else only what is held."
+        ...
+
+    def closed_profits(self, query: Json, now_ms: int) -> Sequence[Json]:
+        "`position/closed-pnl`"
+        ...
+
+    def transactions(self, query: Json, now_ms: int) -> Sequence[Json]:
+        "`account/transaction-log`"
+        ...
+
+    def fee_rates(self, query: Json, now_ms: int) -> Sequence[Json]:
+        "`account/fee-rate`"
+        ...
+
+    def wallets(self, query: Json, now_ms: int) -> Sequence[Json]:
+        "`account/wallet-balance`: one element, the unified account."
+        ...
+
+    def account_info(self, query: Json, now_ms: int) -> Json:
+        "`account/info`"
+        ...
+
+# %% ../../nbs/exchange/12f_private.ipynb #0c9e8052
+class AccountEngine(AccountReads, Protocol):
     """One account. Parameters and rows are as Bybit writes them.
 
     Promises of every implementation:
@@ -90,42 +130,6 @@ class AccountEngine(Protocol):
 
     def set_margin_mode(self, mode: Json, now_ms: int) -> Reply:
         "ISOLATED_MARGIN, REGULAR_MARGIN or PORTFOLIO_MARGIN of the account."
-        ...
-
-    def open_orders(self, query: Json, now_ms: int) -> Sequence[Json]:
-        "`order/realtime`: open orders; by `orderId` or `orderLinkId` also those that have ended lately."
-        ...
-
-    def order_history(self, query: Json, now_ms: int) -> Sequence[Json]:
-        "`order/history`"
-        ...
-
-    def executions(self, query: Json, now_ms: int) -> Sequence[Json]:
-        "`execution/list`"
-        ...
-
-    def positions(self, query: Json, now_ms: int) -> Sequence[Json]:
-        "`position/list`: of a symbol also when it is flat, else only what is held."
-        ...
-
-    def closed_profits(self, query: Json, now_ms: int) -> Sequence[Json]:
-        "`position/closed-pnl`"
-        ...
-
-    def transactions(self, query: Json, now_ms: int) -> Sequence[Json]:
-        "`account/transaction-log`"
-        ...
-
-    def fee_rates(self, query: Json, now_ms: int) -> Sequence[Json]:
-        "`account/fee-rate`"
-        ...
-
-    def wallets(self, query: Json, now_ms: int) -> Sequence[Json]:
-        "`account/wallet-balance`: one element, the unified account."
-        ...
-
-    def account_info(self, query: Json, now_ms: int) -> Json:
-        "`account/info`"
         ...
 
     def meddle(self, name: str, parameters: Json, now_ms: int) -> Reply:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
 from dataclasses import replace
 from decimal import Decimal
 
@@ -42,11 +44,23 @@ from ..ports import Bar
 from ..ports import Instrument
 
 # %% auto #0
-__all__ = ['Query', 'CATEGORIES', 'Answer', 'PUBLIC', 'Market', 'category_of', 'time_of', 'symbol_of', 'listed', 'instruments',
-           'risk_limits', 'klines', 'price_klines', 'premium_klines', 'tickers', 'order_book', 'price_limit',
-           'funding_history', 'recent_trades', 'open_interest', 'server_time', 'system_status', 'set_status']
+__all__ = ['Query', 'CATEGORIES', 'Answer', 'PUBLIC', 'Known', 'Market', 'running_bar', 'category_of', 'time_of', 'symbol_of',
+           'listed', 'instruments', 'risk_limits', 'klines', 'price_klines', 'premium_klines', 'tickers', 'order_book',
+           'price_limit', 'funding_history', 'recent_trades', 'open_interest', 'server_time', 'system_status',
+           'set_status']
 
 # %% ../../nbs/exchange/12e_public.ipynb #760e8638
+@dataclass
+class Known:
+    "What has been computed of one moment."
+
+    moment: int = -1
+    rules: dict[str, Instrument] = field(default_factory=dict)
+    quotations: dict[str, Quotation | None] = field(default_factory=dict)
+    tickers: dict[str, Json] = field(default_factory=dict)
+    running: dict[tuple[str, str], list[Bar]] = field(default_factory=dict)  # by symbol and interval
+
+# %% ../../nbs/exchange/12e_public.ipynb #73555eb2
 class Market:
     "A tape that is traded on."
 
@@ -58,25 +72,21 @@ class Market:
         self.tape, self.half_spread = tape, Decimal(repr(spread_bps)) / 20_000
         self.statuses: dict[str, str] = {}  # given by the side channel, by symbol: Closed, Delivering, Trading
         self.deliveries: dict[str, int] = {}  # when a symbol will be delisted, UTC ms
-        self._moment = -1  # to which the next four belong
-        self._rules: dict[str, Instrument] = {}
-        self._quotations: dict[str, Quotation | None] = {}
-        self._tickers: dict[str, Json] = {}
-        self._running: dict[tuple[str, str], list[Bar]] = {}
-        self._books: dict[str, Book] = {}
+        self._known, self._books = Known(), dict[str, Book]()
 
     def moment(self, now_ms: int) -> int:
         "A number that is the same as long as nothing changes."
         return now_ms // (self.tape.step_ms // 4 if self.tape.walk else self.tape.step_ms)
 
-    def refresh(self, now_ms: int) -> None:
-        "Forget what was true at another moment."
-        if self.moment(now_ms) != self._moment:
-            self._moment, self._rules, self._quotations, self._tickers, self._running = self.moment(now_ms), {}, {}, {}, {}
+    def known(self, now_ms: int) -> Known:
+        "What has been computed of this moment."
+        if self.moment(now_ms) != self._known.moment:
+            self._known = Known(self.moment(now_ms))
+        return self._known
 
     def forget(self) -> None:
         "Forget what was computed; somebody changed a contract."
-        self._moment = -1
+        self._known = Known()
 
     def symbols(self, now_ms: int) -> list[str]:  # ascending
         "Every contract that has been listed by now."
@@ -86,35 +96,27 @@ class Market:
         "A contract's rules; raises `Refusal` for a symbol that is not listed."
         if not self.tape.is_listed(symbol, now_ms):
             raise Refusal(10001, "Not supported symbols")
-        self.refresh(now_ms)
-        if symbol not in self._rules:
-            self._rules[symbol] = rules_at(self.tape, symbol, now_ms, self.statuses.get(symbol, ""))
+        rules = self.known(now_ms).rules
+        if symbol not in rules:
+            rules[symbol] = rules_at(self.tape, symbol, now_ms, self.statuses.get(symbol, ""))
         is_delivered = 0 < self.deliveries.get(symbol, 0) <= now_ms
-        return replace(self._rules[symbol], status="Closed") if is_delivered else self._rules[symbol]
+        return replace(rules[symbol], status="Closed") if is_delivered else rules[symbol]
 
     def quotation(self, symbol: str, now_ms: int) -> Quotation | None:  # None: it does not trade (any more)
         "All about a contract."
         if self.rules(symbol, now_ms).status == "Closed":
             return None
-        if symbol not in self._quotations:
-            self._quotations[symbol] = quotation_at(self.tape, symbol, now_ms, self.half_spread)
-        return self._quotations[symbol]
+        quotations = self.known(now_ms).quotations
+        if symbol not in quotations:
+            quotations[symbol] = quotation_at(self.tape, symbol, now_ms, self.half_spread)
+        return quotations[symbol]
 
     def ticker(self, symbol: str, now_ms: int) -> Json | None:  # None: it does not trade (any more)
         "An element of `tickers`; not to be changed."
-        quote = self.quotation(symbol, now_ms)
-        if quote is None:
-            return None
-        if symbol not in self._tickers:
-            self._tickers[symbol] = ticker_json(quote, self.rules(symbol, now_ms), self.deliveries.get(symbol, 0))
-        return self._tickers[symbol]
-
-    def running(self, symbol: str, interval: str, now_ms: int) -> list[Bar]:  # one, or none
-        "The bar that runs, or the last there was."
-        self.refresh(now_ms)
-        if (symbol, interval) not in self._running:
-            self._running[symbol, interval] = bars_at(self.tape, symbol, interval, now_ms, 1)
-        return self._running[symbol, interval]
+        quote, tickers = self.quotation(symbol, now_ms), self.known(now_ms).tickers
+        if quote is not None and symbol not in tickers:
+            tickers[symbol] = ticker_json(quote, self.rules(symbol, now_ms), self.deliveries.get(symbol, 0))
+        return tickers[symbol] if quote is not None else None
 
     def book(self, symbol: str, depth: int, now_ms: int) -> Book | None:  # None: it does not trade (any more)
         "The book, numbered by its changes."
@@ -125,6 +127,19 @@ class Market:
         book = replace(book, update=(before.update if before else 0) + is_new)
         self._books[symbol] = book
         return book
+
+# %% ../../nbs/exchange/12e_public.ipynb #b051d711
+def running_bar(
+    market: Market,
+    symbol: str,
+    interval: str,
+    now_ms: int,
+) -> list[Bar]:  # one, or none
+    "The bar that runs, or the last there was."
+    running = market.known(now_ms).running
+    if (symbol, interval) not in running:
+        running[symbol, interval] = bars_at(market.tape, symbol, interval, now_ms, 1)
+    return running[symbol, interval]
 
 # %% ../../nbs/exchange/12e_public.ipynb #812a5899
 Query = Mapping[str, str]  # parameters as they came

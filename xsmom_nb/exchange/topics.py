@@ -16,6 +16,7 @@ from .broadcast import ticker_message
 from .broadcast import trade_message
 from .protocol import Refusal
 from .public import Market
+from .public import running_bar
 from .quotes import trades_at
 from .tape import INTERVALS
 from .tape import bars_at
@@ -24,7 +25,8 @@ from .wire import Book
 from .wire import Json
 
 # %% auto #0
-__all__ = ['DEPTHS', 'PRIVATE_TOPICS', 'SILENT_TOPICS', 'Topic', 'topic_of', 'is_private_topic', 'Hub', 'klines_since']
+__all__ = ['DEPTHS', 'PRIVATE_TOPICS', 'SILENT_TOPICS', 'Topic', 'topic_of', 'is_private_topic', 'Told', 'Hub', 'trades_since',
+           'klines_since']
 
 # %% ../../nbs/exchange/12g_topics.ipynb #5e469998
 DEPTHS = (1, 50, 200, 1000)  # levels of a streamed book
@@ -69,76 +71,35 @@ def is_private_topic(text: str) -> bool:
     return str(text).removesuffix(".linear") in (*PRIVATE_TOPICS, *SILENT_TOPICS)
 
 # %% ../../nbs/exchange/12g_topics.ipynb #de24bac7
-class Hub:
-    "What is said on public topics."
+class Told:
+    "What the listeners of tickers and books know."
 
-    def __init__(
-        self,
-        market: Market,
-        now_ms: int,
-    ) -> None:
-        self.market, self.told_ms = market, now_ms
-        self.topics: dict[Topic, int] = {}  # how many listen
-        self._tickers: dict[str, Json] = {}  # as last told, by symbol
-        self._books: dict[tuple[str, int], Book] = {}  # as last told, by symbol and depth
+    def __init__(self, market: Market) -> None:
+        self.market = market
+        self._tickers: dict[str, Json] = {}  # by symbol
+        self._books: dict[tuple[str, int], Book] = {}  # by symbol and depth
 
-    def join(self, topic: Topic) -> Json | None:  # None: there is nothing to say yet
-        "One more listener; the snapshot that it gets."
-        is_first = not self.topics.get(topic)
-        self.topics[topic] = self.topics.get(topic, 0) + 1
-        if is_first:
-            self._forget(topic)
-            return next(iter(self._said(topic, self.told_ms, self.told_ms)), None)
-        return self._snapshot(topic)
-
-    def leave(self, topic: Topic) -> None:
-        "One listener less."
-        left = self.topics.pop(topic) - 1
-        if left:
-            self.topics[topic] = left
-
-    def news(self, now_ms: int) -> list[tuple[Topic, Json]]:
-        "What there is to say since the last time."
-        before_ms, self.told_ms = self.told_ms, now_ms
-        return [(topic, message) for topic in self.topics for message in self._said(topic, before_ms, now_ms)]
-
-    def _forget(self, topic: Topic) -> None:
-        "What was told to listeners who have all gone."
-        if topic.kind == "tickers":
-            self._tickers.pop(topic.symbol, None)
-        if topic.kind == "orderbook":
-            self._books.pop((topic.symbol, int(topic.detail)), None)
-
-    def _snapshot(self, topic: Topic) -> Json | None:
-        "What the listeners of a topic know."
-        if topic.kind == "tickers" and topic.symbol in self._tickers:
-            return ticker_message(self._tickers[topic.symbol], None, self.told_ms, self.told_ms)
-        book = self._books.get((topic.symbol, int(topic.detail))) if topic.kind == "orderbook" else None
-        if book is not None:
-            return book_message(book, None, int(topic.detail), self.market.rules(topic.symbol, self.told_ms))
-        is_known = topic.kind in ("tickers", "orderbook")
-        return None if is_known else next(iter(self._said(topic, self.told_ms, self.told_ms)), None)
-
-    def _said(self, topic: Topic, before_ms: int, now_ms: int) -> Iterable[Json]:
-        "The messages of one topic."
-        if topic.kind == "kline":
-            return klines_since(self.market, topic, before_ms, now_ms)
-        if before_ms < now_ms and self.market.moment(before_ms) == self.market.moment(now_ms) and self._is_known(topic):
-            return []
-        if topic.kind == "publicTrade":
-            trades = trades_at(self.market.tape, topic.symbol, now_ms, 1000, before_ms - self.market.tape.recording.step_ms)
-            fresh = [each for each in trades if _told_at(self.market, each.time_ms) > before_ms]
-            return [trade_message(fresh, self.market.rules(topic.symbol, now_ms), now_ms)] if fresh else []
-        message = self._ticker(topic, now_ms) if topic.kind == "tickers" else self._book(topic, now_ms)
-        return [message] if message else []
-
-    def _is_known(self, topic: Topic) -> bool:
+    def knows(self, topic: Topic) -> bool:
         "Whether the listeners of a topic know what can only change at another moment."
         if topic.kind == "tickers":
             return topic.symbol in self._tickers
         return topic.kind != "orderbook" or (topic.symbol, int(topic.detail)) in self._books
 
-    def _ticker(self, topic: Topic, now_ms: int) -> Json | None:
+    def forget(self, topic: Topic) -> None:
+        "The listeners of a topic have all gone."
+        if topic.kind == "tickers":
+            self._tickers.pop(topic.symbol, None)
+        if topic.kind == "orderbook":
+            self._books.pop((topic.symbol, int(topic.detail)), None)
+
+    def snapshot(self, topic: Topic, now_ms: int) -> Json | None:  # None: nothing was told
+        "What the listeners of a ticker or a book know, for one more."
+        if topic.kind == "tickers" and topic.symbol in self._tickers:
+            return ticker_message(self._tickers[topic.symbol], None, now_ms, now_ms)
+        book = self._books.get((topic.symbol, int(topic.detail))) if topic.kind == "orderbook" else None
+        return book_message(book, None, int(topic.detail), self.market.rules(topic.symbol, now_ms)) if book else None
+
+    def ticker(self, topic: Topic, now_ms: int) -> Json | None:  # None: there is nothing new
         "A ticker, whole or what has changed."
         now, before = self.market.ticker(topic.symbol, now_ms), self._tickers.get(topic.symbol)
         if now is None:
@@ -146,7 +107,7 @@ class Hub:
         self._tickers[topic.symbol] = now
         return ticker_message(now, before, now_ms, now_ms)
 
-    def _book(self, topic: Topic, now_ms: int) -> Json | None:
+    def book(self, topic: Topic, now_ms: int) -> Json | None:  # None: there is nothing new
         "A book, whole or what has changed."
         place = topic.symbol, int(topic.detail)
         before, book = self._books.get(place), self.market.book(topic.symbol, place[1], now_ms)
@@ -159,11 +120,69 @@ class Hub:
         return message
 
 # %% ../../nbs/exchange/12g_topics.ipynb #876f5b39
-def _told_at(market: Market, time_ms: int) -> int:
+class Hub:
+    "What is said on public topics."
+
+    def __init__(
+        self,
+        market: Market,
+        now_ms: int,
+    ) -> None:
+        self.market, self.told_ms, self._told = market, now_ms, Told(market)
+        self.topics: dict[Topic, int] = {}  # how many listen
+
+    def join(self, topic: Topic) -> Json | None:  # None: there is nothing to say yet
+        "One more listener; the snapshot that it gets."
+        is_first = not self.topics.get(topic)
+        self.topics[topic] = self.topics.get(topic, 0) + 1
+        if is_first:
+            self._told.forget(topic)
+        if is_first or topic.kind in ("kline", "publicTrade"):
+            return next(iter(self._said(topic, self.told_ms, self.told_ms)), None)
+        return self._told.snapshot(topic, self.told_ms)
+
+    def leave(self, topic: Topic) -> None:
+        "One listener less."
+        left = self.topics.pop(topic) - 1
+        if left:
+            self.topics[topic] = left
+
+    def news(self, now_ms: int) -> list[tuple[Topic, Json]]:
+        "What there is to say since the last time."
+        before_ms, self.told_ms = self.told_ms, now_ms
+        return [(topic, message) for topic in self.topics for message in self._said(topic, before_ms, now_ms)]
+
+    def _said(self, topic: Topic, before_ms: int, now_ms: int) -> Iterable[Json]:
+        "The messages of one topic."
+        if topic.kind == "kline":
+            return klines_since(self.market, topic, before_ms, now_ms)
+        if before_ms < now_ms and self.market.moment(before_ms) == self.market.moment(now_ms) and self._told.knows(topic):
+            return []
+        if topic.kind == "publicTrade":
+            return trades_since(self.market, topic, before_ms, now_ms)
+        message = self._told.ticker(topic, now_ms) if topic.kind == "tickers" else self._told.book(topic, now_ms)
+        return [message] if message else []
+
+# %% ../../nbs/exchange/12g_topics.ipynb #197644d9
+def _told_at(market: Market, symbol: str, time_ms: int) -> int:
     "When a trade is told: as its shortest recorded bar has closed."
-    return (time_ms // market.tape.step_ms + 1) * market.tape.step_ms
+    tape = market.tape
+    step_ms = tape.step_ms if tape.inner is not None and symbol in tape.inner.symbols else tape.recording.step_ms
+    return (time_ms // step_ms + 1) * step_ms
 
 
+def trades_since(
+    market: Market,
+    topic: Topic,
+    before_ms: int,  # what was traded in bars that closed until then was told
+    now_ms: int,
+) -> list[Json]:
+    "The trades of the bars that closed in between, in one message."
+    trades = trades_at(market.tape, topic.symbol, now_ms, 1000, before_ms - market.tape.recording.step_ms)
+    fresh = [each for each in trades if _told_at(market, each.symbol, each.time_ms) > before_ms]
+    return [trade_message(fresh, market.rules(topic.symbol, now_ms), now_ms)] if fresh else []
+
+# %% ../../nbs/exchange/12g_topics.ipynb #260958f9
 def klines_since(
     market: Market,
     topic: Topic,
@@ -178,7 +197,7 @@ def klines_since(
             if next_open(bar.open_time_ms, topic.detail) == closes_ms:
                 messages.append(kline_message(topic.symbol, topic.detail, bar, closes_ms, rules, True, closes_ms))
         closes_ms = next_open(closes_ms, topic.detail)
-    for bar in market.running(topic.symbol, topic.detail, now_ms):
+    for bar in running_bar(market, topic.symbol, topic.detail, now_ms):
         end_ms = next_open(bar.open_time_ms, topic.detail)
         if end_ms > now_ms:
             messages.append(kline_message(topic.symbol, topic.detail, bar, end_ms, rules, False, now_ms))
