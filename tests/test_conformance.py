@@ -7,7 +7,7 @@ import pytest
 
 from xsmom_nb.errors import DataError
 from xsmom_nb.market.synthetic import synthetic_panel
-from xsmom_nb.ports import ExchangePort, OrderRequest, TransientError
+from xsmom_nb.ports import ExchangePort, OrderRequest
 from venues import HOUR, VENUES
 
 pytest.importorskip("ccxt", reason="no package ccxt found")
@@ -122,8 +122,8 @@ def test_a_new_account_has_money_and_nothing_else(venue):
     assert account.equity == account.wallet_balance == account.available == 10_000
     assert not venue.port.fetch_positions()
     assert not venue.port.fetch_open_orders()
-    assert not venue.port.fetch_fills(0)
-    assert [(each.kind, each.amount) for each in venue.port.fetch_ledger(0)] == [("transfer", Decimal(10_000))]
+    assert not venue.port.fetch_fills(venue.start_ms)
+    assert [(each.kind, each.amount) for each in venue.port.fetch_ledger(venue.start_ms)] == [("transfer", Decimal(10_000))]
 
 
 def test_a_limit_order_waits_and_is_found_by_its_name(venue):
@@ -195,7 +195,7 @@ def test_more_than_can_be_afforded_is_rejected(venue):
 # ── Trading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_market_order_takes_at_once(venue):
     asked, sent = submit(venue, "now")
-    order, [fill], position = venue.port.find_order(SYMBOL, "now"), venue.port.fetch_fills(0), held(venue)
+    order, [fill], position = venue.port.find_order(SYMBOL, "now"), venue.port.fetch_fills(venue.start_ms), held(venue)
     assert sent.outcome == "accepted"
     assert (order.status, order.filled_quantity, order.average_price) == ("Filled", asked.quantity, fill.price)
     assert (fill.order_id, fill.link_id, fill.quantity, fill.is_maker) == (sent.order_id, "now", asked.quantity, False)
@@ -218,7 +218,7 @@ def test_a_waiting_order_fills_when_the_price_comes(venue, panel):
     while float(asked.price) <= panel.low[FIRST + 1 + hours, i]:
         hours += 1
     venue.advance((hours + 1) * HOUR)
-    order, [fill] = venue.port.find_order(SYMBOL, "patient"), venue.port.fetch_fills(0)
+    order, [fill] = venue.port.find_order(SYMBOL, "patient"), venue.port.fetch_fills(venue.start_ms)
     assert (order.status, fill.price, fill.is_maker) == ("Filled", asked.price, True)
     assert fill.time_ms == int(panel.open_time_ms[FIRST + 1 + hours]) + HOUR
     assert held(venue).quantity == asked.quantity
@@ -231,7 +231,7 @@ def test_a_sale_closes_what_was_bought_and_the_books_balance(venue):
     closing = OrderRequest("out", SYMBOL, "Sell", "Market", position.quantity, None, "IOC", reduce_only=True)
     assert venue.port.submit_order(closing).outcome == "accepted"
     assert held(venue) is None
-    account, ledger = venue.port.fetch_account(), venue.port.fetch_ledger(0)
+    account, ledger = venue.port.fetch_account(), venue.port.fetch_ledger(venue.start_ms)
     assert {each.kind for each in ledger} == {"transfer", "trade", "fee", "funding"}
     assert abs(sum(each.amount for each in ledger) - account.equity) < Decimal("1e-6")
     assert [each.time_ms for each in ledger] == sorted(each.time_ms for each in ledger)
@@ -258,7 +258,7 @@ def test_fills_and_movements_begin_where_they_are_asked_from(venue):
     since_ms = venue.now_ms()
     submit(venue, "two", symbol=OTHER)
     assert [each.link_id for each in venue.port.fetch_fills(since_ms)] == ["two"]
-    assert [each.link_id for each in venue.port.fetch_fills(0)] == ["one", "two"]
+    assert [each.link_id for each in venue.port.fetch_fills(venue.start_ms)] == ["one", "two"]
     assert all(each.time_ms >= since_ms for each in venue.port.fetch_ledger(since_ms))
 
 
@@ -299,7 +299,7 @@ def test_a_stop_that_is_reached_closes_the_position(venue, panel):
     reached = int(rows[panel.low[FIRST + 1 :, i] <= float(stop)][0])
     venue.advance((reached - FIRST) * HOUR)
     assert held(venue) is None
-    last = venue.port.fetch_fills(0)[-1]
+    last = venue.port.fetch_fills(venue.start_ms)[-1]
     assert (last.side, last.quantity, last.link_id, last.is_maker) == ("Sell", asked.quantity, "", False)
     assert last.price <= stop
 
@@ -313,12 +313,3 @@ def test_a_stop_follows_the_size_and_dies_with_the_position(venue):
     venue.port.submit_order(OrderRequest("out", SYMBOL, "Sell", "Market", held(venue).quantity, None, "IOC", reduce_only=True))
     submit(venue, "again")
     assert held(venue).stop_price is None
-
-
-def test_a_line_that_is_closed_raises_and_never_looks_flat(venue, monkeypatch):
-    submit(venue, "in")
-    if venue.simulator is None:
-        pytest.skip("no command HTTP found")  # paper has no line
-    monkeypatch.setattr(venue.port.line._client, "fetch", lambda *_, **__: {})
-    with pytest.raises((TransientError, DataError)):
-        venue.port.fetch_positions()

@@ -32,6 +32,7 @@ class Venue:
 
     name: str
     port: ExchangePort
+    start_ms: int
     now_ms: Callable[[], int]
     advance: Callable[[int], None]  # takes ms
     simulator: Simulator | None = None  # behind the line, where there is one
@@ -49,7 +50,7 @@ def paper_venue(panel: Panel, start_ms: int, folder: Path) -> Iterator[Venue]:
     clock, config = SimulatedClock(start_ms), paper_config()
     market = RecordedMarket(panel, clock, config.paper.spread_bps)
     with PaperExchange(market, clock, config, f"sqlite:///{folder}/paper.sqlite") as port:
-        yield Venue("paper", port, clock.now_ms, clock.advance)
+        yield Venue("paper", port, start_ms, clock.now_ms, clock.advance)
 
 
 def simulated(panel: Panel, start_ms: int, config: Config | None = None) -> Simulator:
@@ -79,7 +80,9 @@ def bybit_venue(panel: Panel, start_ms: int, folder: Path) -> Iterator[Venue]:
         line = line_to(simulator, url)
         port = BybitExchange(line)
         set_up(line, [each.symbol for each in port.fetch_instruments()], leverage=3)
-        yield Venue("bybit", port, simulator.pace.now_ms, lambda ms: simulator.pace.move(simulator.pace.now_ms() + ms), simulator, url)
+        yield Venue(
+            "bybit", port, start_ms, simulator.pace.now_ms, lambda ms: simulator.pace.move(simulator.pace.now_ms() + ms), simulator,
+            url)
 
 
 VENUES = {"paper": paper_venue, "bybit": bybit_venue}

@@ -201,7 +201,7 @@ def rows_of(
     return rows
 
 # %% ../../nbs/exchange/21_bybit.ipynb #4d8f10ae
-_WEEK_MS = 7 * 86_400_000 - 1
+_WEEK_MS, _KEPT_MS = 7 * 86_400_000 - 1, 730 * 86_400_000  # what one answer spans at most, and how long the past is kept
 
 
 def weekly(
@@ -213,7 +213,7 @@ def weekly(
     **query: object,
 ) -> list[Row]:  # newest first within a week, weeks ascending
     "Every row from a time on."
-    rows, begin = list[Row](), start_ms
+    rows, begin = list[Row](), max(start_ms, now_ms - _KEPT_MS)
     while begin <= now_ms:
         end = min(begin + _WEEK_MS, now_ms)
         rows += paged(line, path, limit, startTime=begin, endTime=end, **query)

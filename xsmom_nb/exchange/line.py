@@ -121,7 +121,7 @@ def read_error(
 
 # %% ../../nbs/exchange/20_line.ipynb #774fa3a9
 Kind = Literal["trade", "read", "market"]
-_PER_SECOND: dict[Kind, int] = {"trade": 9, "read": 40, "market": 60}  # a little below what Bybit publishes
+_PER_SECOND: dict[Kind, int] = {"trade": 9, "read": 25, "market": 60}  # below what Bybit publishes, 30 for the slowest list
 
 
 class RequestPace:
