@@ -131,7 +131,7 @@ def page_of(
     "One page of a list; raises `Refusal` for a cursor that is none."
     start = 0
     if cursor:
-        kind, _, name = cursor.partition("%3A")
+        kind, _, name = cursor.replace("%3A", ":").partition(":")
         if kind != "after" or name not in names:
             raise Refusal(10001, "params error: cursor is invalid")
         start = names.index(name) + 1

@@ -5,6 +5,7 @@
 # %% ../../nbs/exchange/20_line.ipynb #e9b1556f
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections import deque
@@ -87,8 +88,12 @@ def code_of(
     error: BaseException,
 ) -> int | None:  # None: the exchange said nothing that can be read
     "Bybit's number in an error of ccxt."
-    found = re.search(r'"retCode"\s*:\s*(\d+)', str(error))
-    return int(found.group(1)) if found else None
+    _, brace, rest = str(error).partition("{")
+    try:
+        said, _ = json.JSONDecoder().raw_decode(brace + rest)
+        return int(said["retCode"]) or None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def outcome_of(
