@@ -1420,6 +1420,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'xsmom_nb/exchange/requests.py'),
                                             'xsmom_nb.exchange.requests.deleverage': ( 'exchange/requests.html#deleverage',
                                                                                        'xsmom_nb/exchange/requests.py'),
+                                            'xsmom_nb.exchange.requests.fill_waiting': ( 'exchange/requests.html#fill_waiting',
+                                                                                         'xsmom_nb/exchange/requests.py'),
                                             'xsmom_nb.exchange.requests.find': ( 'exchange/requests.html#find',
                                                                                  'xsmom_nb/exchange/requests.py'),
                                             'xsmom_nb.exchange.requests.place': ( 'exchange/requests.html#place',

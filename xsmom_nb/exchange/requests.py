@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Literal
 
 from .admission import refusal, stop_refusal
-from .books import ZERO, with_holding
+from .books import ZERO, fee_of, with_holding
 from .conditional import trigger_refusal
 from xsmom_nb.exchange.engine import (
     DEFAULT_LEVERAGE,
@@ -26,14 +26,14 @@ from xsmom_nb.exchange.engine import (
     tell_order,
 )
 from .margin import deleveraged
-from .matching import accepted, amended, ended
+from .matching import accepted, amended, ended, executed
 from .paper import marks_of, met
 from .venue import Terms, VenueOrder, slot_of, symbol_of, venue_id
-from ..ports import Instrument, Order, OrderRequest, OrderType, Side, TimeInForce
+from ..ports import Fill, Instrument, Order, OrderRequest, OrderType, Side, TimeInForce
 
 # %% auto #0
 __all__ = ['MAX_OPEN_ORDERS', 'MAX_CONDITIONALS', 'Placement', 'Reply', 'set_leverage', 'switch_mode', 'set_margin_mode', 'place',
-           'find', 'cancel', 'cancel_all', 'amend', 'set_trading_stop', 'deleverage']
+           'find', 'cancel', 'cancel_all', 'amend', 'set_trading_stop', 'deleverage', 'fill_waiting']
 
 # %% ../../nbs/exchange/06c_requests.ipynb #6b6166a3
 @dataclass(frozen=True, slots=True)
@@ -364,3 +364,24 @@ def deleverage(
     mark = marks_of(account.market, [slot]).get(slot, holding.mark)
     apply(account, deleveraged(account.books, slot, quantity, mark, now_ms), now_ms)
     return Reply()
+
+# %% ../../nbs/exchange/06c_requests.ipynb #4f86033e
+def fill_waiting(
+    account: VenueAccount,
+    symbol: str,
+    order_id: str = "",
+    link_id: str = "",
+    quantity: Decimal = ZERO,  # base units; 0: all that is left
+) -> Reply:
+    "Fill an order that waits, at its limit, whatever the market does."
+    now_ms, found = follow(account), find(account, symbol, order_id, link_id)
+    inside = _in_books(account, found) if found else None
+    if found is None or inside is None or inside.price is None:
+        return Reply.refused(f"110001 no order {order_id or link_id} waits in {symbol}")
+    left = inside.quantity - inside.filled_quantity
+    quantity = min(quantity or left, left)
+    fee = fee_of(quantity, inside.price, account.venue.fee_bps(waited=True))
+    fill = Fill(f"{inside.order_id}-{inside.filled_quantity}-by-hand", inside.order_id, inside.link_id, inside.symbol, inside.side,
+                quantity, inside.price, fee, True, now_ms)
+    apply(account, executed(account.books, inside, fill), now_ms)
+    return Reply(order_id=found.order.order_id, link_id=found.terms.link_id)

@@ -247,6 +247,8 @@ def _private(simulator: Simulator, asked: Asked, endpoint: PrivateEndpoint, now_
     seen_ms = now_ms + _sum(faults, "clock_skew", "skew_ms")
     key = admitted(simulator.keys, signed, asked.address, endpoint.writes, seen_ms, pace.stretch)
     parameters: Json = dict(parse_qsl(asked.query, keep_blank_values=True)) if is_get else body_json(asked.body)
+    if endpoint.is_paged and (rows := _sum(faults, "short_page", "rows")):
+        parameters["limit"] = str(rows)  # so that the cursor goes on where the page ends
     lag_ms = _sum(faults, "lagging", "by_ms")
     return asked_by(simulator, key, asked.path, endpoint, parameters, now_ms, faults, now_ms - lag_ms if lag_ms else None)
 

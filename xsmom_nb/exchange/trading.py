@@ -36,6 +36,7 @@ from xsmom_nb.exchange.requests import (
     cancel,
     cancel_all,
     deleverage,
+    fill_waiting,
     place,
     set_leverage,
     set_margin_mode,
@@ -351,13 +352,15 @@ def meddled(
         return counter.create_order({"orderType": "Market", **parameters}, now_ms)
     if name == "deleverage":
         return counter.answer(deleverage(account, parameters["symbol"], quantity, int(parameters.get("positionIdx") or 0)))
+    if name == "fill":
+        return counter.answer(fill_waiting(account, parameters["symbol"], *named(parameters), quantity))
     if name == "liquidate":
         apply(account, liquidated(account.books, account.venue, now_ms), now_ms)
         return Told({}, counter.heard())
     if name == "deposit":
         apply(account, deposited(account.books, Decimal(str(parameters["amount"])), now_ms), now_ms)
         return Told({}, counter.heard())
-    raise Refusal(10001, f"{name!r}: expected one of trade, deleverage, liquidate, deposit")
+    raise Refusal(10001, f"{name!r}: expected one of trade, fill, deleverage, liquidate, deposit")
 
 
 def truth_of(
