@@ -110,8 +110,8 @@ SENT: dict[str, tuple[str, dict[str, Any], str, bool]] = {  # fault, its paramet
     **{f"status {status}": ("status", {"status": status}, "rejected", False) for status in (401, 403, 429)},
     **{f"status {status} after": ("status_after", {"status": status}, "unknown", True) for status in (500, 502, 504)},
     **{kind: (kind, {}, "unknown", True) for kind in ("empty", "html", "truncated", "null_result")},
-    **{f"code {code}": ("ret_code", {"code": code}, "unknown" if code in UNKNOWN_CODES else "rejected", False)
-       for code in ERRORS},
+    "code 10016": ("ret_code", {"code": 10016}, "unknown", False),
+    **{f"code {code}": ("ret_code", {"code": code}, "rejected", False) for code in (110001, 110008, 110010)},
     **{f"code {code} after": ("ret_code_after", {"code": code}, "unknown", True) for code in sorted(UNKNOWN_CODES)},
     "request timeout": ("ret_code", {"code": 10016, "message": "Request timeout, please try again later"}, "unknown", False),
     "rate limit": ("rate_limit", {}, "rejected", False),
@@ -148,6 +148,15 @@ def test_an_order(bench, case):
         again = bench.port.submit_order(order)
         assert (again.outcome, again.reason.split()[0]) == ("rejected", "110072")
         assert bench.port.cancel_order(SYMBOL, order.link_id).outcome == "accepted"
+
+
+def test_an_order_that_is_answered_with_a_number(bench):
+    order = bench.order(notional=20, at="0.6")
+    for code in ERRORS:
+        bench.strike("ret_code", "POST /v5/order/create", code=code)
+        sent = bench.port.submit_order(order)
+        assert (sent.outcome, sent.reason.split()[0]) == ("unknown" if code in UNKNOWN_CODES else "rejected", str(code))
+    assert (bench.struck(), bench.port.find_order(SYMBOL, order.link_id)) == (len(ERRORS), None)
 
 
 CANCELLED = ("line cut before", "line cut after", "no answer", "status 502", "status 504 after", "empty", "html", "truncated",

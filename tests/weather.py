@@ -210,7 +210,7 @@ class Trader:
         sent = send_intents(self.port, self.state, intents, row_ms, "storm", versions, frozen, self.clock, self.config)
         self.storm.outcomes.update(each.outcome for each in sent)
         for position in ask(self.port.fetch_positions):
-            if self.chance.random() < 0.3:
+            if position.symbol in tickers and self.chance.random() < 0.3:
                 self.protect(position, tickers[position.symbol].mark)
 
     def protect(self, position: Position, mark: Decimal) -> None:

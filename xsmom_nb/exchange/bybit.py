@@ -179,7 +179,12 @@ def paged(
     "Every row of a signed list; raises `TransientError` for one that does not end."
     cursor, seen = None, set[str]()
     for _ in range(_MOST_PAGES):
-        answer = line.read(path, signed=True, limit=limit, cursor=cursor, **query)
+        try:
+            answer = line.read(path, signed=True, limit=limit, cursor=cursor, **query)
+        except DataError as error:
+            if not cursor:
+                raise
+            raise TransientError(f"{error}: the list cannot be read on; expected that it can from its beginning") from error
         yield from rows_of(answer, path)
         cursor = str(answer.get("nextPageCursor") or "")
         if not cursor:

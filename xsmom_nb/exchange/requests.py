@@ -381,7 +381,7 @@ def fill_waiting(
     left = inside.quantity - inside.filled_quantity
     quantity = min(quantity or left, left)
     fee = fee_of(quantity, inside.price, account.venue.fee_bps(waited=True))
-    fill = Fill(f"{inside.order_id}-{inside.filled_quantity}-by-hand", inside.order_id, inside.link_id, inside.symbol, inside.side,
-                quantity, inside.price, fee, True, now_ms)
+    name = f"{inside.order_id}-{inside.filled_quantity}-by-hand"
+    fill = Fill(name, inside.order_id, inside.link_id, inside.symbol, inside.side, quantity, inside.price, fee, True, now_ms)
     apply(account, executed(account.books, inside, fill), now_ms)
     return Reply(order_id=found.order.order_id, link_id=found.terms.link_id)

@@ -162,11 +162,13 @@ class Simulator:
         return self._numbers[name]
 
     def say(self, user: int, pushes: Sequence[Push], now_ms: int) -> None:
-        "Lay messages of a private stream into `outgoing`, in an order that the seed chooses."
+        "Lay messages of a private stream into `outgoing`: those of a topic one after the other, topics as the seed mixes them."
         turn = self.number("turn") if len(pushes) > 1 else 0
         order = sorted(range(len(pushes)), key=lambda i: draw(self.terms.seed, f"push {i}", turn)) if turn else range(len(pushes))
+        waiting = {push.topic: iter([each.rows for each in pushes if each.topic == push.topic]) for push in pushes}
         for i in order:
-            topic, rows = pushes[i].topic, pushes[i].rows
+            topic = pushes[i].topic
+            rows = next(waiting[topic])
             message_id = f"{user}_{topic}_{self.number('message')}"
             self.journal.note("push", now_ms, user=user, topic=topic, rows=list(rows))
             self.outgoing.append(Outgoing(topic, private_message(topic, rows, message_id, now_ms), user))
