@@ -18,6 +18,7 @@ from venues import HOUR, USER, paper_config, simulated
 from weather import FIRST, truth_of, unhurried
 from xsmom_nb.config import with_values
 from xsmom_nb.exchange.server import serving
+from xsmom_nb.exchange.wire import matches_example
 from xsmom_nb.market.synthetic import synthetic_panel
 
 ccxt = pytest.importorskip("ccxt", reason="no package ccxt found")
@@ -380,6 +381,58 @@ def test_funding_is_paid(desk):
         assert float(row["execFee"]) == pytest.approx(float(row["execValue"]) * rates[each["timestamp"]], abs=1e-6)
     logged = desk.exchange.fetch_ledger("USDT", params={"type": "SETTLEMENT"})
     assert sum(float(each["info"]["funding"]) for each in logged) == pytest.approx(-sum(float(each["fee"]) for each in true))
+
+
+# ── Shapes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+LINEAR = {"category": "linear", "symbol": "BTCUSDT"}
+NEWER = ("createType", "extraFees", "rpiMatchedQty", "rpiTakerAccess", "slippageTolerance", "slippageToleranceType", "USDT")
+SHAPES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {  # path, parameters, keys without, keys beyond
+    "order__open-order": ("get order/realtime", LINEAR, ("MNT",), NEWER),
+    "order__order-list": ("get order/history", LINEAR, ("MNT",), NEWER),
+    "order__execution": ("get execution/list", LINEAR, (), NEWER),
+    "position__position": ("get position/list", LINEAR, ("mmrSysUpdateTime",), ("mmrSysUpdatedTime",)),  # text and example differ
+    "position__close-pnl": ("get position/closed-pnl", LINEAR, (), ()),
+    "account__wallet-balance": ("get account/wallet-balance", {"accountType": "UNIFIED"}, (), ()),
+    "account__account-info": ("get account/info", {}, (), ("retExtInfo", "time")),
+    "account__fee-rate": ("get account/fee-rate", LINEAR, (), ()),
+    "account__transaction-log": ("get account/transaction-log", {"accountType": "UNIFIED", **LINEAR}, (), ("category",)),
+    "order__amend-order": ("post order/amend", {**LINEAR, "orderLinkId": "one", "qty": "0.02"}, (), ()),
+    "order__cancel-order": ("post order/cancel", {**LINEAR, "orderLinkId": "one"}, (), ()),
+    "order__batch-amend": ("post order/amend-batch", {
+        "category": "linear", "request": [{"symbol": "BTCUSDT", "orderLinkId": "b1", "qty": "0.02"}]}, (), ()),
+    "order__batch-cancel": ("post order/cancel-batch", {
+        "category": "linear", "request": [{"symbol": "BTCUSDT", "orderLinkId": "b1"}]}, (), ()),
+    "order__cancel-all": ("post order/cancel-all", LINEAR, (), ()),
+    "position__leverage": ("post position/set-leverage", {**LINEAR, "buyLeverage": "3", "sellLeverage": "3"}, (), ()),
+    "position__trading-stop": ("post position/trading-stop", {**LINEAR, "stopLoss": "1000", "positionIdx": 0}, (), ()),
+    "position__position-mode": ("post position/switch-mode", {"category": "linear", "symbol": "ETHUSDT", "mode": 3}, (), ()),
+    "account__set-margin-mode": ("post account/set-margin-mode", {"setMarginMode": "REGULAR_MARGIN"}, (), ("retExtInfo", "time")),
+    "order__dcp": ("post order/disconnected-cancel-all", {"timeWindow": 10}, (), ()),
+}  # fmt: skip
+
+
+def test_private_answers_have_the_shape_of_the_documentation(desk, root):
+    folder = root.parent / "shared" / "data" / "bybit" / "documentation_examples"
+    if not folder.is_dir():
+        pytest.skip("no market data found")
+
+    def matches(name: str, answer: dict[str, Any], without: tuple[str, ...] = (), beyond: tuple[str, ...] = ()) -> None:
+        whole = {**answer, **({"time": int(answer["time"])} if "time" in answer else {})}
+        matches_example(json.loads((folder / f"{name}.0.response.json").read_text()), whole, without, beyond)
+
+    exchange, low = desk.exchange, desk.exchange.price_to_precision(BTC, desk.price("0.9"))
+    order = {**LINEAR, "side": "Buy", "orderType": "Limit", "qty": "0.01", "price": low}
+    matches("order__create-order", exchange.private_post_v5_order_create({**order, "orderLinkId": "one", "stopLoss": "9000"}))
+    both = [{**order, "orderLinkId": name} for name in ("b1", "b2")]
+    matches("order__batch-place", exchange.private_post_v5_order_create_batch({"category": "linear", "request": both}))
+    desk.buy(500, stopLoss={"triggerPrice": desk.price("0.8")})
+    desk.advance(9)
+    exchange.create_order(BTC, "market", "sell", desk.amount(100), None, {"reduceOnly": True})
+    for name, (what, parameters, without, beyond) in SHAPES.items():
+        verb, path = what.split()
+        answer = getattr(exchange, f"private_{verb}_v5_{path.replace('/', '_').replace('-', '_')}")(parameters)
+        assert verb == "post" or answer["result"].get("list", answer["result"]), name
+        matches(name, answer, without, beyond)
 
 
 # ── Async and pro ────────────────────────────────────────────────────────────────────────────────────────────────────
