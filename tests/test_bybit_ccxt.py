@@ -25,7 +25,7 @@ ccxt = pytest.importorskip("ccxt", reason="no package ccxt found")
 asynchronous, streaming = pytest.importorskip("ccxt.async_support"), pytest.importorskip("ccxt.pro")
 
 BTC, ETH = "BTC/USDT:USDT", "ETH/USDT:USDT"
-KEYS = {"apiKey": "the-key", "secret": "the-secret", "enableRateLimit": False}
+KEYS = {"apiKey": "the-key", "secret": "the-secret", "enableRateLimit": False, "timeout": 60_000}
 
 
 @pytest.fixture(scope="module")

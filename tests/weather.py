@@ -233,7 +233,7 @@ def stormy(faults: int, seed: int, folder: Path, probability: float = 0.012, pan
     reconcile.FIRST_PAUSE_SECONDS = 0.0001
     try:
         with serving(simulator) as url, open_state(f"sqlite:///{folder}/state.sqlite") as state:
-            line = quick_line(simulator, url)
+            line = quick_line(simulator, url, timeout=60_000)  # the first answer of a fresh checkout waits for a compiler
             port = BybitExchange(line)
             rules = {each.symbol: each for each in port.fetch_instruments()}
             set_up(line, list(rules), leverage=3)
