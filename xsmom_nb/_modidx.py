@@ -181,6 +181,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'xsmom_nb.backtest.parity': { 'xsmom_nb.backtest.parity.Parity': ('backtest/parity.html#parity', 'xsmom_nb/backtest/parity.py'),
                                           'xsmom_nb.backtest.parity.Parity.by_kind': ( 'backtest/parity.html#parity.by_kind',
                                                                                        'xsmom_nb/backtest/parity.py'),
+                                          'xsmom_nb.backtest.parity.Parity.farthest': ( 'backtest/parity.html#parity.farthest',
+                                                                                        'xsmom_nb/backtest/parity.py'),
                                           'xsmom_nb.backtest.parity.Parity.ok': ( 'backtest/parity.html#parity.ok',
                                                                                   'xsmom_nb/backtest/parity.py'),
                                           'xsmom_nb.backtest.parity.Parity.unexplained': ( 'backtest/parity.html#parity.unexplained',
