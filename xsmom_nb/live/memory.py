@@ -203,6 +203,7 @@ def follow(
 def resume(
     state: State,
     now_ms: int,  # UTC ms
+    word: str = "",  # who says so and why, kept with the event
 ) -> Memory:  # as it is now
     "End the pauses of an account, on a person's word."
     with state.write() as connection:
@@ -210,5 +211,6 @@ def resume(
         after = replace(before, brakes=released(before.brakes), days=())
         left = {name: value for name, value in as_json(after).items() if name != "risk"}
         save_memory(connection, MEMORY, left, now_ms)
-        emit(connection, now_ms, "WARNING", "resumed", "trading was resumed by a person; losses are counted anew from now on")
+        text = f"trading was resumed by a person{f' ({word})' if word else ''}; losses are counted anew from now on"
+        emit(connection, now_ms, "WARNING", "resumed", text, data={"before": as_json(before.brakes)})
     return after
