@@ -332,7 +332,8 @@ def matched(
         step = _stop(books, symbol, seen, venue, max(close_ms, reached_ms))
     for order in waiting:
         if instrument and order.link_id in step.books.orders:  # a fill may have ended others
-            seen = left_of(bar, _over(order.created_ms, bar, step_ms), draw(venue.seed, f"{order.link_id}|late", bar.open_time_ms))
+            chance = draw(venue.seed, f"{order.link_id}|late", bar.open_time_ms)
+            seen = left_of(bar, _over(order.created_ms, bar, step_ms), chance)
             step = step.then(_rest(step.books, order, seen, instrument, venue, max(close_ms, reached_ms)))
     if symbol not in step.books.holdings:
         return step

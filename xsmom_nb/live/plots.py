@@ -258,8 +258,9 @@ def stops_table(
     moved: Collection[str],  # symbols whose stop was moved in this hour
 ) -> pd.DataFrame:  # a row a position: mark, stop (NaN: none), distance of the stop from the mark as a share of it, moved
     "Positions and what protects them."
-    rows = {each.symbol: {"mark": float(each.mark_price), "stop": float(each.stop_price) if each.stop_price is not None else np.nan,
-                          "moved": each.symbol in moved} for each in positions}
+    rows = {each.symbol: {
+        "mark": float(each.mark_price), "stop": np.nan if each.stop_price is None else float(each.stop_price),
+        "moved": each.symbol in moved} for each in positions}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["mark", "stop", "moved"])
     table.insert(2, "distance", (table["stop"] / table["mark"] - 1).abs())
     return table.sort_values("distance", kind="stable", na_position="first").rename_axis("symbol")
@@ -275,7 +276,8 @@ def plot_stops(
     bare = table["stop"].isna()
     reach = float(table["distance"].max()) if not bare.all() else 0.01
     colours = ["C3" if none else "C2" if is_moved else "C0" for none, is_moved in zip(bare, table["moved"], strict=True)]
-    axes.bar(range(len(table)), 100 * table["distance"].fillna(reach), color=colours, hatch=["//" if none else "" for none in bare])
+    hatches = ["//" if none else "" for none in bare]
+    axes.bar(range(len(table)), 100 * table["distance"].fillna(reach), color=colours, hatch=hatches)
     _label_symbols(axes, list(table.index))
     meanings = {"rests": "C0", "moved in this hour": "C2", "NO stop": "C3"}
     _legend(axes, {meaning: colour for meaning, colour in meanings.items() if colour in colours})

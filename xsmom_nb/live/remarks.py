@@ -156,7 +156,8 @@ def headline(
     counts = ", ".join(f"{outcomes.count(name)} {name}" for name in dict.fromkeys(outcomes))
     spread = "unknown" if decision.dispersion is None else f"{decision.dispersion:.2f}"
     entries = "" if decision.may_enter else ", but the filters allow NO new entries"
-    moved = sum(len(guard.stops) for guard in report.guarded)
+    moved, bare = sum(len(guard.stops) for guard in report.guarded), len(report.guarded[-1].unprotected)
+    protection = f"{_count(bare, 'position')} WITHOUT a stop" if bare else "every position has its stop"
     plan = f"yes, up to {decision.names_per_side} names a side (dispersion {spread}){entries}" if decision.rebalances else "no"
     return {
         "decided": f"{format_utc(decision.time_ms)}, on the bar of {format_utc(decision.row_ms)}",
@@ -165,8 +166,7 @@ def headline(
         "held": f"{figures['gross']:.0%} gross, {round(figures['net'], 3) + 0.0:+.1%} net, in {_count(len(held), 'symbol')}",
         "rebalance": plan,
         "orders": counts or "none",
-        "guard": f"{_count(figures['exits'], 'exit')}, {_count(moved, 'stop')} moved, "
-                 + (f"{figures['unprotected']} positions WITHOUT a stop" if figures["unprotected"] else "every position has its stop"),
+        "guard": f"{_count(int(figures['exits']), 'exit')}, {_count(moved, 'stop')} moved, {protection}",
         "booked": f"{_count(len(report.recovery.booked.fills), 'fill')}, {figures['fees']:,.2f} fees and "
                   f"{figures['funding']:,.2f} funding paid",
         "took": f"{figures['cycle_seconds']:.2f} s, the decision {figures['decision_milliseconds']:.0f} ms",
