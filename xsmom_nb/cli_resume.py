@@ -5,6 +5,7 @@
 # %% ../nbs/95e_cli_resume.ipynb #cda97bc1
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
