@@ -80,8 +80,8 @@ def line_of(
 ) -> Line:
     "What a run has proven."
     path = run.folder / "outputs" / "proof.json"
-    nothing = {"ok": False, "figure": "it failed before it was done", "limit": ""}
-    found = json.loads(path.read_bytes()) if path.exists() else nothing
+    nothing: dict[str, Any] = {"ok": False, "figure": "it failed before it was done", "limit": ""}
+    found: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else nothing
     ok = bool(found["ok"]) and run.manifest.status == "completed"
     return Line(name, PROOFS[name].title, ok, found["figure"], found["limit"], seconds_of(run), run.run_id)
 
