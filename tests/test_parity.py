@@ -221,7 +221,7 @@ def test_without_frictions_every_exit_is_where_the_backtest_has_it(name):
     config = with_values(Config(), {**QUICK, "backtest.risk": "full", "costs.impact_coef": 0.0, **RULES[name]})
     bare, fast = replay(whole, config, *window(50, 108), frictions=NONE), backtest(whole, config, *window(50, 108))
     assert len(set(fast.trades["exit_reason"]) - {"rebalance", "open"}) >= 1, "the rules have something to do"
-    for column in fast.equity:
+    for column in ("equity", "fees", "slippage", "funding"):  # a turnover inside a bar is a share of another equity
         assert np.abs(bare.equity[column] - fast.equity[column]).max() < 1e-5, column
     assert np.abs(bare.weights.to_numpy() - fast.weights.to_numpy()).max() < 1e-8
 
