@@ -82,7 +82,7 @@ def line_of(
     path = run.folder / "outputs" / "proof.json"
     nothing: dict[str, Any] = {"ok": False, "figure": "it failed before it was done", "limit": ""}
     found: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else nothing
-    ok = bool(found["ok"]) and run.manifest.status == "completed"
+    ok = bool(found["ok"]) and run.manifest.status == "done"
     return Line(name, PROOFS[name].title, ok, found["figure"], found["limit"], seconds_of(run), run.run_id)
 
 # %% ../nbs/96c_proof.ipynb #994f8c70
