@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..clock import format_utc
 from ..config import Config
 from ..database import sql
-from ..decision import Memory, as_text, from_json
+from ..decision import Memory, as_json, as_text, from_json
 from ..errors import DataError
 from ..execution.intents import EXIT
 from ..execution.journal import parts_of
