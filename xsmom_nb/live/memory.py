@@ -245,5 +245,5 @@ def resume(
         after = replace(before, brakes=released(before.brakes), days=())
         keep_memory(connection, after, now_ms)
         text = f"trading was resumed by a person{f' ({word})' if word else ''}; losses are counted anew from now on"
-        emit(connection, now_ms, "WARNING", "resumed", text, data={"before": as_json(before.brakes)})
+        emit(connection, now_ms, "WARNING", "resumed", text, data={"before": as_json(before)["brakes"]})
     return after
