@@ -840,6 +840,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'xsmom_nb.exchange.engine.as_condition': ( 'exchange/engine.html#as_condition',
                                                                                      'xsmom_nb/exchange/engine.py'),
                                           'xsmom_nb.exchange.engine.follow': ('exchange/engine.html#follow', 'xsmom_nb/exchange/engine.py'),
+                                          'xsmom_nb.exchange.engine.keep_order': ( 'exchange/engine.html#keep_order',
+                                                                                   'xsmom_nb/exchange/engine.py'),
                                           'xsmom_nb.exchange.engine.leverage_of': ( 'exchange/engine.html#leverage_of',
                                                                                     'xsmom_nb/exchange/engine.py'),
                                           'xsmom_nb.exchange.engine.margin': ('exchange/engine.html#margin', 'xsmom_nb/exchange/engine.py'),
