@@ -19,7 +19,7 @@ SET_VERSION := import configparser, nbdev.config as nbdev; own = configparser.Co
 	nbdev.set_version('xsmom_nb', own['DEFAULT']['version'])
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench setup lab export readme notebooks clean-notebooks lock hooks clean clean-all
+.PHONY: help run test check bench proof setup lab export readme notebooks clean-notebooks lock hooks clean clean-all
 
 help: ## This list
 	@echo "xsmom_nb: notebooks in nbs/ are the source, xsmom_nb/ is exported from them."
@@ -40,6 +40,9 @@ check: setup ## The quick part of it, a minute: house checks, ruff, mypy
 bench: setup ## This engine against its peers, kept and shown in the README; QUICK=1: do all still agree, a minute
 	@python -m benchmarks $(if $(QUICK),--quick)
 	@$(if $(QUICK),,python -m xsmom_nb.ops.readme)
+
+proof: setup ## The long proofs as audited runs, the better part of an hour: parity over 60 days, look-ahead, a quarter of replay
+	@xsmom proof $(WHAT)
 
 setup: ## Make .venv from requirements.lock; done once, and again when the lock changes
 	@$(FIND_PYTHON); $$python .ci/setup.py $(VENV)

@@ -39,8 +39,8 @@ LAYERS = (
     ("optimizer",),
     ("runs",),
     ("ops",),
-    (("console options cli_data cli_config cli_runs cli_state cli_launch cli_live cli_status cli_lookahead "
-     "baseline rehearsal cli"),),
+    (("console options cli_data cli_config cli_runs cli_state cli_launch cli_live cli_status cli_lookahead cli_resume "
+     "baseline rehearsal proof cli"),),
 )
 
 

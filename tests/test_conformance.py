@@ -35,11 +35,17 @@ def rules(venue, symbol=SYMBOL):
     return next(each for each in venue.port.fetch_instruments() if each.symbol == symbol)
 
 
+def level(venue, factor, symbol=SYMBOL):
+    "A price at a factor of the mark."
+    tick = rules(venue, symbol).price_tick
+    return (book(venue, symbol).mark * Decimal(str(factor)) / tick).to_integral_value() * tick
+
+
 def request_for(venue, name, side="Buy", notional=500, price=None, force="GTC", reduce_only=False, symbol=SYMBOL):
     "An order of about a value; a limit at a factor of the mark."
     contract, ticker = rules(venue, symbol), book(venue, symbol)
     quantity = (Decimal(notional) / ticker.mark / contract.quantity_step).to_integral_value() * contract.quantity_step
-    limit = None if price is None else (ticker.mark * Decimal(str(price)) / contract.price_tick).to_integral_value() * contract.price_tick
+    limit = None if price is None else level(venue, price, symbol)
     kind = "Market" if limit is None else "Limit"
     return OrderRequest(name, symbol, side, kind, quantity, limit, "IOC" if limit is None else force, reduce_only)
 
@@ -269,11 +275,6 @@ def test_many_open_orders_are_all_told(venue):
 
 
 # ── Stops ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def level(venue, factor):
-    contract = rules(venue)
-    return (book(venue).mark * Decimal(str(factor)) / contract.price_tick).to_integral_value() * contract.price_tick
-
-
 def test_a_stop_rests_moves_and_goes(venue):
     submit(venue, "in")
     first, second = level(venue, 0.8), level(venue, 0.85)

@@ -196,3 +196,63 @@ def test_a_stop_in_pieces_fills_in_its_piece():
     assert (first["pieces"].link_id, first["hours"].link_id) == ("out", "")
     assert first["pieces"].time_ms == int(whole.open_time_ms[row]) + 3 * PIECE
     assert first["hours"].fill_id.startswith("stop-")
+
+
+# ── Everything that happens inside a bar ─────────────────────────────────────────────────────────────────────────────
+RULES = {
+    "the source's exits": {},
+    "the stop at the exchange alone": {"risk.atr_mult_sl": 0, "risk.breakeven_after_r": 0, "risk.trail_atr_mult": 0,
+                                       "risk.partial_tp_ladder": [], "risk.catastrophic_atr_mult": 1.5},
+    "two targets, an average, flips and time": {
+        "risk.partial_tp_ladder": [[0.25, 0.3], [0.5, 0.4]], "risk.trail_mode": "ma_atr", "risk.trail_after_r": 0.25,
+        "risk.regime_flip.enabled": True, "risk.no_progress.enabled": True, "risk.no_progress.minutes": 180,
+        "risk.max_hold_hours": 6},
+    "limits that are reached, and close": {
+        "risk.max_symbol_daily_loss_pct": 0.1, "risk.max_daily_loss_pct": 1.0, "risk.on_kill": "close",
+        "risk.max_drawdown_pct": 3.0,
+        "risk.dd_stepdown.start_pct": 0.5, "risk.dd_stepdown.full_pct": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_without_frictions_every_exit_is_where_the_backtest_has_it(name):
+    "Stops, targets, bans, kills, pauses: hour by hour the same equity, and the same book."
+    whole, _ = market()
+    config = with_values(Config(), {**QUICK, "backtest.risk": "full", "costs.impact_coef": 0.0, **RULES[name]})
+    bare, fast = replay(whole, config, *window(50, 108), frictions=NONE), backtest(whole, config, *window(50, 108))
+    assert len(set(fast.trades["exit_reason"]) - {"rebalance", "open"}) >= 1, "the rules have something to do"
+    for column in ("equity", "fees", "slippage", "funding"):  # a turnover inside a bar is a share of another equity
+        assert np.abs(bare.equity[column] - fast.equity[column]).max() < 1e-5, column
+    assert np.abs(bare.weights.to_numpy() - fast.weights.to_numpy()).max() < 1e-8
+
+
+@pytest.mark.parametrize("exits", ["shipped", "source"])
+def test_real_exits_are_where_the_backtest_has_them(root, real, exits):
+    "The short form of `xsmom proof parity parity-exits`."
+    config = load_config(root / "configs" / "config.yaml", environ={})
+    if exits == "source":
+        risk = Config().risk
+        names = ("atr_mult_sl", "catastrophic_atr_mult", "breakeven_after_r", "trail_atr_mult", "partial_tp_ladder")
+        config = with_values(config, {f"risk.{name}": getattr(risk, name) for name in names})
+    start_ms = parse_utc("2025-07-05T00:00:00Z")
+    span = start_ms, start_ms + 48 * HOUR - HOUR
+    bare, fast = replay(real[0], config, *span, True, frictions=NONE), backtest(real[0], config, *span, True)
+    assert np.abs(bare.equity["equity"] - fast.equity["equity"]).max() < 1e-6
+    stopped = fast.trades["exit_reason"].str.endswith("_stop").sum()
+    assert stopped >= (10 if exits == "source" else 0)
+
+
+def test_what_a_limit_closes_goes_at_market():
+    "A ban closes a position for certain; an order that waits would wait for a market that has just left."
+    whole, _ = market()
+    config = with_values(Config(), {**QUICK, "backtest.risk": "full", "risk.max_symbol_daily_loss_pct": 0.1})
+    closing = []
+
+    def look(report):
+        closing.extend(each.intent.request for each in report.sent
+                       if any("banned" in said for card in report.decided.decision.cards
+                              if card.symbol == each.intent.request.symbol and card.held for said in card.risk))
+
+    replay(whole, config, *window(50, 80), on_cycle=look)
+    assert closing
+    assert {(each.order_type, each.reduce_only) for each in closing} == {("Market", True)}

@@ -1,4 +1,4 @@
-"""Two exchanges that keep the promises of `ExchangePort`: on paper, and Bybit's protocol over ccxt to a simulator. Same market, same clock."""
+"""Two exchanges that keep the promises of `ExchangePort`: paper, and Bybit's protocol over ccxt to a simulator; one market."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -80,9 +80,8 @@ def bybit_venue(panel: Panel, start_ms: int, folder: Path) -> Iterator[Venue]:
         line = line_to(simulator, url)
         port = BybitExchange(line)
         set_up(line, [each.symbol for each in port.fetch_instruments()], leverage=3)
-        yield Venue(
-            "bybit", port, start_ms, simulator.pace.now_ms, lambda ms: simulator.pace.move(simulator.pace.now_ms() + ms), simulator,
-            url)
+        pace = simulator.pace
+        yield Venue("bybit", port, start_ms, pace.now_ms, lambda ms: pace.move(pace.now_ms() + ms), simulator, url)
 
 
 VENUES = {"paper": paper_venue, "bybit": bybit_venue}

@@ -452,7 +452,8 @@ def decide(
     tickers = {symbol: each.ticker for symbol, each in facts.items() if each.ticker is not None}
     instruments = {symbol: each.instrument for symbol, each in facts.items() if each.instrument is not None}
     equity = snapshot.account.equity
-    plan = plan_orders(changes, snapshot.positions, tickers, instruments, equity, snapshot.row_ms, config)
+    urgent = [symbol for symbol, each in facts.items() if each.column is not None and risk.closes[each.column]]
+    plan = plan_orders(changes, snapshot.positions, tickers, instruments, equity, snapshot.row_ms, config, urgent)
     return Decision(
         row_ms=snapshot.row_ms, time_ms=snapshot.time_ms, rebalances=rebalances, may_enter=row.may_enter,
         names_per_side=row.names_per_side, dispersion=_number(row.dispersion), equity=equity,

@@ -15,16 +15,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .inside import InsideExchange, leave_inside
 from .metrics import compute_metrics
 from .vector import BacktestResult
 from .window import Window, decision_window
 from ..clock import SimulatedClock, bars_per_year, format_utc, timeframe_ms
 from ..config import Config, with_values
 from ..database import memory_database, sql
+from ..decide import yardsticks_of
 from ..decision import Decided, Memory
 from ..errors import DataError
 from ..exchange.account_file import MIGRATIONS
 from ..exchange.frictions import REAL, Frictions
+from ..exchange.matching import paid_beside
 from ..exchange.paper import PaperExchange, closed_bars
 from ..exchange.pieces import Contradiction
 from ..exchange.recorded import RecordedMarket
@@ -37,6 +40,7 @@ from ..market.panel import Panel
 from ..ports import Fill, LedgerEntry, Position
 from ..risk.brakes import Brakes
 from ..risk.exits import Tick
+from ..risk.tracking import Yardstick
 from ..state import State, memory_state
 from ..strategy.core import history_bars
 
@@ -66,6 +70,8 @@ def replay_config(
         values |= OUT_OF_REACH
     if not frictions.limits:
         values |= {"execution.spread_guard_bps": 1000.0, "execution.leverage": 100}
+    if not frictions.queue and not frictions.fees:
+        values |= {"execution.order_type": "limit", "execution.post_only": True}
     return with_values(config, values)
 
 # %% ../../nbs/backtest/09_replay.ipynb #cf328862
@@ -89,10 +95,11 @@ class Stage:
     config: Config  # as `replay_config` gives it
     clock: SimulatedClock
     market: RecordedMarket
-    port: PaperExchange
+    port: InsideExchange
     state: State
     history: History
     recorder: _Kept
+    frictions: Frictions
 
 # %% ../../nbs/backtest/09_replay.ipynb #1a950bf0
 def open_stage(
@@ -109,12 +116,12 @@ def open_stage(
     clock = SimulatedClock(window.start_ms + step_ms)
     market = RecordedMarket(panel, clock, own.paper.spread_bps, inner, frictions)
     port = stack.enter_context(
-        PaperExchange(market, clock, own, database=memory_database(MIGRATIONS), frictions=frictions))
+        InsideExchange(market, clock, own, database=memory_database(MIGRATIONS), frictions=frictions))
     bars = history_bars(own) if frictions.window else max(window.last_row + 1, history_bars(own))
     history = History(port, panel.timeframe, bars, origin=panel.origin)
     state = stack.enter_context(memory_state())
     remember(state, Memory(brakes=Brakes(resume_days=config.backtest.hard_kill_resume_days)), clock.now_ms())
-    return Stage(panel, own, clock, market, port, state, history, _Kept(keep_decisions))
+    return Stage(panel, own, clock, market, port, state, history, _Kept(keep_decisions), frictions)
 
 # %% ../../nbs/backtest/09_replay.ipynb #5c452594
 def stops_between(
@@ -182,6 +189,17 @@ class _Diary:
         self.looks.append(equity)
 
 
+def _look(stage: Stage, heard: HeardBars, time_ms: int) -> None:
+    "Let the guard look, or carry its exits out as arithmetic does."
+    if stage.frictions.exits:
+        guard_once(stage.port, stage.state, stage.clock, stage.config, heard, "replay")
+        return
+    risk, step_ms, closes = stage.config.risk, timeframe_ms(stage.panel.timeframe), dict[str, Yardstick]()
+    if (risk.regime_flip.enabled or risk.trail_mode == "ma_atr") and not time_ms % step_ms:
+        closes = yardsticks_of(stage.panel.slice(end_ms=time_ms - step_ms), stage.config)
+    leave_inside(stage.port, stage.state, stage.clock, stage.config, heard, closes)
+
+
 def _play(
     stage: Stage,
     window: Window,
@@ -196,12 +214,12 @@ def _play(
             for time_ms in stops_between(stage, row_ms + step_ms):
                 stage.clock.set(time_ms)
                 heard = HeardBars(stage.market, stage.panel.symbols, stage.panel.timeframe, heard_ms, time_ms)
-                guard_once(stage.port, stage.state, stage.clock, stage.config, heard, "replay")
+                _look(stage, heard, time_ms)
                 heard_ms = time_ms
                 diary.look(time_ms, float(stage.port.fetch_account().equity))
         stage.clock.set(row_ms + step_ms + delay_ms)
         report = run_cycle(stage.port, stage.history, stage.state, stage.clock, stage.config, stage.recorder, "replay",
-                           wait_by(stage.clock), Path(os.devnull))
+                           wait_by(stage.clock), Path(os.devnull), guards=stage.frictions.exits)
         diary.note(report)
         if on_cycle is not None:
             on_cycle(report)
@@ -230,9 +248,10 @@ def balanced_frame(
         row, i, quantity = int(np.searchsorted(times, fill.time_ms)), columns[fill.symbol], float(fill.signed_quantity)
         paid = quantity * float(fill.price)
         sums["traded"][row] += abs(paid)
-        sums["fees"][row] += float(fill.fee)
-        lost = paid - quantity * _last_price(stage, i, fill.time_ms) if fill.fill_id.endswith(("-taken", "-whole")) else 0.0
-        sums["slippage"][row] += lost
+        lost = paid - quantity * _last_price(stage, i, fill.time_ms) if fill.fill_id.endswith("-taken") else 0.0
+        beside = float(paid_beside(fill, stage.port.venue))
+        sums["fees"][row] += float(fill.fee) - beside
+        sums["slippage"][row] += lost + beside
         price[row] += quantity * closes[row, i] - paid + lost
     for entry in entries:
         if entry.kind == "funding":

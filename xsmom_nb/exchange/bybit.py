@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal, InvalidOperation
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from ..clock import timeframe_ms
 from ..errors import DataError
@@ -33,9 +33,9 @@ from xsmom_nb.ports import (
 )
 
 # %% auto #0
-__all__ = ['Row', 'text_of', 'decimal_of', 'whole_of', 'read_instrument', 'read_ticker', 'read_order', 'is_position_stop',
-           'read_fill', 'read_transaction', 'read_position', 'paged', 'rows_of', 'weekly', 'BybitMarket',
-           'BybitExchange', 'set_up']
+__all__ = ['Row', 'Found', 'text_of', 'decimal_of', 'whole_of', 'read_instrument', 'read_ticker', 'read_order',
+           'is_position_stop', 'read_fill', 'read_transaction', 'read_position', 'paged', 'rows_of', 'weekly',
+           'bars_between', 'rates_between', 'instrument_rows', 'BybitMarket', 'BybitExchange', 'set_up']
 
 # %% ../../nbs/exchange/21_bybit.ipynb #0ffa8f4f
 Row = dict[str, Any]
@@ -235,6 +235,52 @@ def _interval(timeframe: str) -> str:
     return _INTERVALS.get(timeframe, str(timeframe_ms(timeframe) // 60_000))
 
 
+def bars_between(
+    line: Line,
+    symbol: str,
+    timeframe: str,
+    begin_ms: int,  # first open time, UTC ms
+    end_ms: int,  # last open time
+) -> list[Bar]:  # ascending, the first or the last thousand of them: ask for no more
+    "The bars of one answer."
+    answer = line.read("market/kline", category="linear", symbol=symbol, interval=_interval(timeframe), start=begin_ms,
+                       end=end_ms,
+                       limit=_BARS)
+    rows = [[decimal_of({"bar": each}, "bar") for each in list(row)[:6]] for row in rows_of(answer, "market/kline")]
+    return sorted((Bar(int(row[0]), *map(float, row[1:])) for row in rows), key=lambda bar: bar.open_time_ms)
+
+
+def rates_between(
+    line: Line,
+    symbol: str,
+    begin_ms: int,  # first settlement, UTC ms
+    end_ms: int,  # last settlement
+) -> list[FundingRate]:  # ascending
+    "The settlements of one answer."
+    path = "market/funding/history"
+    answer = line.read(path, category="linear", symbol=symbol, startTime=begin_ms, endTime=end_ms, limit=_RATES)
+    rates = [FundingRate(whole_of(row, "fundingRateTimestamp"), float(decimal_of(row, "fundingRate")))
+             for row in rows_of(answer, path)]
+    return sorted(rates, key=lambda rate: rate.time_ms)
+
+
+def instrument_rows(
+    line: Line,
+    symbol: str | None = None,  # None: all
+) -> list[Row]:
+    "Contracts as Bybit tells them."
+    rows, cursor = list[Row](), None
+    while True:
+        answer = line.read("market/instruments-info", category="linear", symbol=symbol, limit=1000, cursor=cursor)
+        rows += rows_of(answer, "market/instruments-info")
+        cursor = answer.get("nextPageCursor") or None
+        if not cursor:
+            return rows
+
+# %% ../../nbs/exchange/21_bybit.ipynb #188ecfbd
+Found = TypeVar("Found", Bar, FundingRate)
+
+
 class BybitMarket:
     "Bybit's public data; a `QuotePort`. Needs no key."
 
@@ -253,41 +299,31 @@ class BybitMarket:
         "The first bars that open at or after `start_ms`; the last one may still be running."
         step_ms, limit = timeframe_ms(timeframe), min(limit, _BARS)
         start_ms = max(-(-start_ms // step_ms) * step_ms, self._launch_ms(symbol) // step_ms * step_ms)
-        return self._first(start_ms, limit * step_ms, lambda begin, end: self._bars(symbol, timeframe, begin, end, limit))
+        return self._first(start_ms, limit * step_ms, lambda begin, end: bars_between(self.line, symbol, timeframe, begin, end))
 
     def fetch_funding(self, symbol: str, start_ms: int, limit: int) -> Sequence[FundingRate]:
         "The first settlements at or after `start_ms`."
-        limit, hour_ms = min(limit, _RATES), 3_600_000
-        start_ms = max(start_ms, self._launch_ms(symbol))
-        found = self._first(start_ms, _RATES * hour_ms, lambda begin, end: self._rates(symbol, begin, end))
+        window_ms, start_ms = _RATES * 3_600_000, max(start_ms, self._launch_ms(symbol))
+        found = self._first(start_ms, window_ms, lambda begin, end: rates_between(self.line, symbol, begin, end))
         return found[:limit]
 
     def fetch_instruments(self) -> Sequence[Instrument]:
         "Every perpetual in our quote currency, ascending."
-        rows = [row for row in self._instrument_rows() if row.get("contractType") == "LinearPerpetual"]
+        rows = [row for row in instrument_rows(self.line) if row.get("contractType") == "LinearPerpetual"]
         return sorted((read_instrument(row) for row in rows if row.get("quoteCoin") == self._quote), key=lambda each: each.symbol)
 
     def fetch_tickers(self) -> Sequence[Ticker]:
         "The ticker of everything that trades, ascending."
         answer = self.line.read("market/tickers", category="linear")
-        read = (read_ticker(row, answer["time"]) for row in rows_of(answer,
-                                                                    "market/tickers") if row["symbol"].endswith(self._quote))
+        rows = [row for row in rows_of(answer, "market/tickers") if row["symbol"].endswith(self._quote)]
+        read = (read_ticker(row, answer["time"]) for row in rows)
         return sorted((ticker for ticker in read if ticker), key=lambda each: each.symbol)
 
-    def _instrument_rows(self, symbol: str | None = None) -> list[Row]:
-        rows, cursor = list[Row](), None
-        while True:
-            answer = self.line.read("market/instruments-info", category="linear", symbol=symbol, limit=1000, cursor=cursor)
-            rows += rows_of(answer, "market/instruments-info")
-            cursor = answer.get("nextPageCursor") or None
-            if not cursor:
-                return rows
-
     def _launch_ms(self, symbol: str) -> int:
-        rows = self._instrument_rows(symbol)
+        rows = instrument_rows(self.line, symbol)
         return whole_of(rows[0], "launchTime") if rows else 0
 
-    def _first(self, start_ms: int, window_ms: int, ask: Callable[[int, int], list[Any]]) -> list[Any]:
+    def _first(self, start_ms: int, window_ms: int, ask: Callable[[int, int], list[Found]]) -> list[Found]:
         "The answer to the first window from a time on that holds something."
         now_ms = self.fetch_time_ms()
         while start_ms <= now_ms:
@@ -295,20 +331,6 @@ class BybitMarket:
                 return found
             start_ms += window_ms
         return []
-
-    def _bars(self, symbol: str, timeframe: str, begin_ms: int, end_ms: int, limit: int) -> list[Bar]:
-        path, interval = "market/kline", _interval(timeframe)
-        answer = self.line.read(path, category="linear", symbol=symbol, interval=interval, start=begin_ms, end=end_ms,
-                                limit=limit)
-        rows = [[decimal_of({"bar": each}, "bar") for each in list(row)[:6]] for row in rows_of(answer, path)]
-        return sorted((Bar(int(row[0]), *map(float, row[1:])) for row in rows), key=lambda bar: bar.open_time_ms)
-
-    def _rates(self, symbol: str, begin_ms: int, end_ms: int) -> list[FundingRate]:
-        path = "market/funding/history"
-        answer = self.line.read(path, category="linear", symbol=symbol, startTime=begin_ms, endTime=end_ms, limit=_RATES)
-        rates = [FundingRate(whole_of(row, "fundingRateTimestamp"), float(decimal_of(row, "fundingRate")))
-                 for row in rows_of(answer, path)]
-        return sorted(rates, key=lambda rate: rate.time_ms)
 
 # %% ../../nbs/exchange/21_bybit.ipynb #56429fa6
 class BybitExchange(BybitMarket):

@@ -38,7 +38,8 @@ from ..ports import Bar, Fill, FundingRate, Instrument, LedgerEntry, Order, Orde
 
 # %% auto #0
 __all__ = ['MarginMode', 'DEFAULT_LEVERAGE', 'SlotMarket', 'News', 'Profit', 'VenueAccount', 'open_account', 'apply',
-           'tell_order', 'settle_stops', 'leverage_of', 'tiers_of', 'marked_books', 'margin', 'follow', 'as_condition']
+           'tell_order', 'keep_order', 'settle_stops', 'leverage_of', 'tiers_of', 'marked_books', 'margin', 'follow',
+           'as_condition']
 
 # %% ../../nbs/exchange/06b_engine.ipynb #81089cee
 class _SlotPieces:
@@ -132,6 +133,7 @@ class VenueAccount:
     leverages: dict[str, Decimal] = field(default_factory=dict)  # by symbol
     margin_mode: MarginMode = "REGULAR_MARGIN"
     orders: dict[str, VenueOrder] = field(default_factory=dict)  # all, by the exchange's name, oldest first
+    waiting: dict[str, VenueOrder] = field(default_factory=dict)  # those of them from which something may still become
     names: dict[str, str] = field(default_factory=dict)  # of orders: the name in the books -> the exchange's
     links: dict[str, str] = field(default_factory=dict)  # of orders: the client's name -> the exchange's
     conditionals: dict[str, Conditional] = field(default_factory=dict)  # by the exchange's name
@@ -186,8 +188,18 @@ def apply(
 # %% ../../nbs/exchange/06b_engine.ipynb #940fc317
 def tell_order(account: VenueAccount, order: VenueOrder) -> None:
     "Keep an order as it now stands, and tell."
-    account.orders[order.order.order_id] = order
+    keep_order(account, order)
     account.news.append(News("order", order))
+
+
+def keep_order(account: VenueAccount, order: VenueOrder) -> None:
+    "Keep an order as it now stands."
+    name = order.order.order_id
+    account.orders[name] = order
+    if order.is_open:
+        account.waiting[name] = order
+    else:
+        account.waiting.pop(name, None)
 
 
 def _tell_positions(account: VenueAccount, before: Books) -> None:
@@ -235,7 +247,7 @@ def _take_fill(
     kind, posted, _, _ = _CAUSES.get(fill.order_id, ("Trade", "TRADE", "", ""))
     closes = min(abs(held), fill.quantity) if held * fill.signed_quantity < 0 else ZERO
     known = replace(known, fees=known.fees + fill.fee, realized=known.realized + gain)
-    account.orders[known.order.order_id] = known
+    keep_order(account, known)
     if fill.order_id not in account.names:  # the exchange's own; any other is told as the books tell it
         tell_order(account, known)
     name, order = venue_id(account.seed, fill.fill_id), known.order
@@ -320,8 +332,8 @@ def _stop_order(
 
 def _shown_stop(account: VenueAccount, slot: str, kind: str = "StopLoss") -> VenueOrder | None:
     "The stop of a position as it is told."
-    waiting = (each for each in reversed(account.orders.values()) if each.status == "Untriggered")
-    mine = (each for each in waiting if slot_of(each.order.symbol, each.terms.position_index) == slot)
+    untriggered = (each for each in reversed(account.waiting.values()) if each.status == "Untriggered")
+    mine = (each for each in untriggered if slot_of(each.order.symbol, each.terms.position_index) == slot)
     return next((each for each in mine if each.terms.stop_type == kind), None)
 
 # %% ../../nbs/exchange/06b_engine.ipynb #5dcb047a
@@ -333,7 +345,7 @@ def _follow_stops(account: VenueAccount, time_ms: int) -> None:
               for slot, each in holdings.items() if each.quantity and each.stop is not None]
     wanted += [_stop_order(account, slot, "TakeProfit", each.price, each.since_ms) for slot, each in account.profits.items()]
     names = {each.order.order_id for each in wanted}
-    for order in [each for each in account.orders.values() if each.status == "Untriggered" and each.terms.close_on_trigger]:
+    for order in [each for each in account.waiting.values() if each.status == "Untriggered" and each.terms.close_on_trigger]:
         if order.order.order_id not in names and order.order.order_id not in account.conditionals:
             gone = replace(order.order, updated_ms=time_ms)
             tell_order(account, replace(order, order=gone, status="Deactivated", cancel_type="CancelByTpSlTsClear"))

@@ -19,8 +19,9 @@ class Frictions:
     lots: bool = True  # quantities and prices in steps, orders of a least size; off: any quantity at any price
     limits: bool = True  # spread guard and leverage hold orders back; off: what is wanted is ordered
     inner_bars: bool = True  # orders and exits see the short bars inside a long one; off: long bars alone
+    exits: bool = True  # the guard acts when a bar is over, at the price of then; off: inside the bar, at the price of the rule
     queue: bool = True  # orders wait, or take what a bar offers; off: whole, at once, at the last price and the model's slippage
-    fees: bool = True  # of the maker or the taker, as it came; off: the model's blend of both for every order
+    fees: bool = True  # of the maker or the taker, as it came; off: the model's, the blend of both, the taker's for what leaves
     funding: bool = True  # on what is held when it is settled, at that price; off: on what was held when the bar opened
     window: bool = True  # decided on the window of bars that a live cycle has; off: on the whole history
 

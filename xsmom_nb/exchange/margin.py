@@ -5,6 +5,7 @@
 # %% ../../nbs/exchange/04_margin.ipynb #88b6b515
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -33,6 +34,7 @@ class RiskTier:
 TIERS, TIER_VALUE = 5, Decimal(2_000_000)  # how many, and how wide each is in quote currency
 
 
+@functools.cache
 def risk_tiers(
     max_leverage: Decimal,  # of the contract
 ) -> tuple[RiskTier, ...]:  # ascending by value

@@ -46,9 +46,9 @@ from ..ports import OrderRequest
 from ..ports import Ticker
 
 # %% auto #0
-__all__ = ['CANNOT_REDUCE', 'NO_LIQUIDITY', 'WOULD_TAKE', 'LATEST_SHARE', 'CONTRACT_ENDED', 'Venue', 'venue_of', 'draw', 'Depth',
-           'depth_of', 'ended', 'executed', 'whole_steps', 'accepted', 'amended', 'matched', 'wound_up', 'delisted',
-           'Happening', 'advanced']
+__all__ = ['CANNOT_REDUCE', 'WHOLE', 'NO_LIQUIDITY', 'WOULD_TAKE', 'LATEST_SHARE', 'CONTRACT_ENDED', 'Venue', 'venue_of', 'draw',
+           'Depth', 'depth_of', 'ended', 'executed', 'whole_steps', 'paid_beside', 'accepted', 'amended', 'late_chance',
+           'left_of', 'matched', 'wound_up', 'delisted', 'Happening', 'advanced']
 
 # %% ../../nbs/exchange/01_matching.ipynb #4d132260
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Venue:
         waited: bool,  # whether the order gave liquidity
     ) -> Decimal:  # of notional
         "The fee of a fill."
-        if not self.frictions.fees:
+        if waited and not self.frictions.fees:
             return self.blended_bps
         return self.maker_bps if waited else self.taker_bps
 
@@ -208,6 +208,9 @@ def _take(
     return executed(books, order, fill)
 
 # %% ../../nbs/exchange/01_matching.ipynb #4424de8a
+WHOLE = "-whole"  # how the name of such a fill ends
+
+
 def _fill_whole(
     books: Books,
     order: Order,
@@ -216,15 +219,22 @@ def _fill_whole(
     venue: Venue,  # without the friction `queue`
 ) -> Step:
     "Books after an order was filled as a backtest on closes fills it."
-    is_buy, quantity = order.side == "Buy", _allowed(books, order, order.quantity)
+    quantity = _allowed(books, order, order.quantity)
     notional = float(quantity * mark)
     slippage = slippage_bps(venue.slippage_bps, venue.impact_coef, depth.volatility, notional, depth.quote_volume)
-    price = Decimal(repr(float(taker_price(is_buy, float(mark), slippage))))
     waited = order.order_type == "Limit" and order.time_in_force not in ("IOC", "FOK")
-    fee = fee_of(quantity, mark, venue.fee_bps(waited))
-    fill = Fill(f"{order.order_id}-whole", order.order_id, order.link_id, order.symbol, order.side, quantity, price, fee, waited,
+    fee = fee_of(quantity, mark, venue.fee_bps(waited) + Decimal(repr(float(slippage))))
+    fill = Fill(f"{order.order_id}{WHOLE}", order.order_id, order.link_id, order.symbol, order.side, quantity, mark, fee, waited,
                 order.created_ms)
     return executed(books, order, fill)
+
+
+def paid_beside(
+    fill: Fill,
+    venue: Venue,
+) -> Decimal:  # quote currency
+    "What of the fee of a fill is slippage."
+    return fill.fee - fee_of(fill.quantity, fill.price, venue.fee_bps(fill.is_maker)) if fill.fill_id.endswith(WHOLE) else ZERO
 
 # %% ../../nbs/exchange/01_matching.ipynb #ddf4a144
 NO_LIQUIDITY = "EC_NoImmediateQtyToFill"
@@ -293,7 +303,31 @@ def amended(
     return step.then(_look(step.books, changed, depth, instrument, venue))
 
 # %% ../../nbs/exchange/01_matching.ipynb #60e80bd0
-LATEST_SHARE = 0.1  # of a bar that may be over when an order comes that is to take part in it
+LATEST_SHARE = 0.1  # of a bar that may be over when an order comes that takes part in it whole
+
+
+def late_chance(
+    over: float,  # share of a bar that was over when an order came, 0 to 1
+) -> float:
+    "The probability that a price which the bar went through and left again was traded after the order."
+    return 1.0 - 2.0 / math.pi * math.asin(math.sqrt(over))
+
+
+def left_of(
+    bar: Bar,
+    over: float,  # share of it that was over, below 1
+    chance: float,  # in [0, 1)
+) -> Bar:
+    "What of a bar somebody sees who comes when a share of it is over."
+    if over <= LATEST_SHARE:
+        return bar
+    high, low = (bar.high, bar.low) if chance < late_chance(over) else (bar.close, bar.close)
+    return replace(bar, high=high, low=low, volume=bar.volume * (1.0 - over))
+
+# %% ../../nbs/exchange/01_matching.ipynb #000a042e
+def _over(since_ms: int, bar: Bar, step_ms: int) -> float:  # 0 for what was there before
+    "The share of a bar that was over at a time."
+    return max(since_ms - bar.open_time_ms, 0) / step_ms
 
 
 def _with_mark(holding: Holding, bar: Bar, close_ms: int) -> Holding:
@@ -317,17 +351,19 @@ def matched(
                         "leave a missing bar out")
     step_ms = step_ms or venue.step_ms
     step, close_ms = Step(books), bar.open_time_ms + step_ms
-    latest_ms = bar.open_time_ms + int(LATEST_SHARE * step_ms)
-    waiting = [order for order in books.orders.values() if order.symbol == symbol and order.created_ms <= latest_ms]
-    if instrument and symbol in books.holdings and books.holdings[symbol].stop_ms <= latest_ms:
-        step = _stop(books, symbol, bar, venue, max(close_ms, reached_ms))
+    waiting = [order for order in books.orders.values() if order.symbol == symbol and order.created_ms < close_ms]
+    if instrument and symbol in books.holdings and books.holdings[symbol].stop_ms < close_ms:
+        over = _over(books.holdings[symbol].stop_ms, bar, step_ms)
+        seen = left_of(bar, over, draw(venue.seed, f"stop-{symbol}", bar.open_time_ms))
+        step = _stop(books, symbol, seen, venue, max(close_ms, reached_ms))
     for order in waiting:
         if instrument and order.link_id in step.books.orders:  # a fill may have ended others
-            step = step.then(_rest(step.books, order, bar, instrument, venue, max(close_ms, reached_ms)))
+            chance = draw(venue.seed, f"{order.link_id}|late", bar.open_time_ms)
+            seen = left_of(bar, _over(order.created_ms, bar, step_ms), chance)
+            step = step.then(_rest(step.books, order, seen, instrument, venue, max(close_ms, reached_ms)))
     if symbol not in step.books.holdings:
         return step
-    seen = _with_mark(step.books.holdings[symbol], bar, close_ms)
-    return Step(with_holding(step.books, symbol, seen), step.events)
+    return Step(with_holding(step.books, symbol, _with_mark(step.books.holdings[symbol], bar, close_ms)), step.events)
 
 # %% ../../nbs/exchange/01_matching.ipynb #32e96ea7
 def _stop(

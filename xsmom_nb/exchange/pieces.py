@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from ..clock import format_utc, timeframe_ms
+from ..clock import DAY_MS, format_utc, timeframe_ms
+from ..config import Config
 from ..errors import UsageError
 from ..market.panel import Panel, resample
+from ..market.synthetic import open_store
 from ..ports import Bar
 
 # %% auto #0
-__all__ = ['VOLUME_TOLERANCE', 'Contradiction', 'compared', 'in_words', 'Pieces']
+__all__ = ['VOLUME_TOLERANCE', 'INNER', 'INNER_DAYS', 'Contradiction', 'compared', 'in_words', 'Pieces', 'open_inner']
 
 # %% ../../nbs/exchange/01b_pieces.ipynb #8342151f
 @dataclass(frozen=True, slots=True)
@@ -186,3 +189,25 @@ class Pieces:
             return None
         row = (now_ms - self._inner_first_ms) // self.short_ms - 1
         return float(self.inner.close[row, self.inner_columns[column]])
+
+# %% ../../nbs/exchange/01b_pieces.ipynb #8ca262f1
+INNER = "5m"  # length of the short bars
+INNER_DAYS = 3  # of them before the present, for an account that was not followed for a while
+
+
+def open_inner(
+    config: Config,  # `paths`, `exchange.timeframe`
+    data: Path | str | None = None,  # --data; None: searched for
+    dataset: str | None = None,  # --dataset; None: `paths.dataset`
+    now_ms: int | None = None,  # where an account stands, UTC ms; None: all of them are wanted
+) -> Panel | None:  # None: the dataset has none, or none around then
+    "The short bars of a dataset."
+    store = open_store(config, data, dataset)
+    if store is None or not store.symbols(INNER) or timeframe_ms(config.exchange.timeframe) <= timeframe_ms(INNER):
+        return None
+    if now_ms is None:
+        return store.panel(INNER)
+    times = store.read_bars(store.symbols(INNER)[0], INNER)["timestamp"]
+    since_ms = now_ms - INNER_DAYS * DAY_MS
+    around = len(times) and times.iloc[0].value // 10**6 <= now_ms and since_ms <= times.iloc[-1].value // 10**6
+    return store.panel(INNER, since_ms) if around else None

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
 
@@ -304,6 +304,7 @@ def plan_orders(
     equity: Decimal,  # quote currency
     row_ms: int,  # open time of the bar whose close is decided, UTC ms
     config: Config,
+    urgent: Collection[str] = (),  # symbols whose orders go at market
 ) -> Plan:
     "The orders that lead an account towards what it wants; raises `DataError` for a wanted quantity that is no number."
     for symbol in sorted(wanted):
@@ -312,9 +313,11 @@ def plan_orders(
         book = {position.symbol: position.quantity for position in positions}
         marks = {position.symbol: position.mark_price for position in positions}
         marks.update({symbol: ticker.mark for symbol, ticker in tickers.items()})
+        execution = config.execution
+        at_market = execution.model_copy(update={"order_type": "market"})
         proposals = {
             symbol: propose(symbol, book.get(symbol, Decimal(0)), wanted[symbol], tickers.get(symbol), instruments.get(symbol),
-                            row_ms, config.execution)
+                            row_ms, at_market if symbol in urgent else execution)
             for symbol in sorted(wanted)
         }
         intents, sentences = _accepted(proposals, book, marks, equity, config)

@@ -170,10 +170,10 @@ def _afterwards(port: ExchangePort, snapshot: Snapshot) -> tuple[Account, tuple[
         return snapshot.account, snapshot.positions
 
 # %% ../../nbs/live/01_cycle.ipynb #b20d2e6f
-def _guarded(port: ExchangePort, state: State, clock: Clock, config: Config, run_id: str) -> GuardReport:
+def _guarded(port: ExchangePort, state: State, clock: Clock, config: Config, run_id: str, guards: bool) -> GuardReport:
     "Take in what has filled, and let the guard look at present prices."
     follow(state, config, clock.now_ms())
-    return guard_once(port, state, clock, config, {}, run_id)
+    return GuardReport(clock.now_ms()) if not guards else guard_once(port, state, clock, config, {}, run_id)
 
 # %% ../../nbs/live/01_cycle.ipynb #7f2ef3f1
 def run_cycle(
@@ -186,6 +186,7 @@ def run_cycle(
     run_id: str = "",  # of the run that keeps the record
     wait: Callable[[float], None] = time.sleep,  # takes seconds; on a simulated clock it moves the clock
     base: Path | None = None,  # folder that relative paths start from; None: the working folder
+    guards: bool = True,  # whether the guard looks before and after; only who measures what it costs leaves it out
 ) -> CycleReport:
     "One hour; raises `RefusedError`, `DataError`, `TransientError`, `StateError`, and whatever the recorder raises."
     seconds: dict[str, float] = {}
@@ -194,7 +195,7 @@ def run_cycle(
         row_ms = last_closed_open_ms(clock.now_ms(), config.exchange.timeframe)
         recovery = recover(port, state, row_ms, clock.now_ms(), config)
     with _timed(seconds, "guard"):
-        guarded = _guarded(port, state, clock, config, run_id)
+        guarded = _guarded(port, state, clock, config, run_id, guards)
     with _timed(seconds, "gather"):
         versions, memory = _versions(state), recall(state)
         snapshot, late = gather(port, history, clock, config, row_ms, wait)
@@ -208,7 +209,7 @@ def run_cycle(
             port, state, decided.decision, versions, recovery.frozen, clock, config, stop_file(config, base), run_id)
         book_news(port, state, clock.now_ms())
     with _timed(seconds, "protect"):
-        protected = _guarded(port, state, clock, config, run_id)
+        protected = _guarded(port, state, clock, config, run_id, guards)
     with _timed(seconds, "persist"):
         detail = f"{sum(each.outcome == 'accepted' for each in sent)} orders of {len(decided.decision.intents)}"
         persist(state, decided, late, history.refused, detail, clock.now_ms())

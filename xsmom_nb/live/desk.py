@@ -17,6 +17,7 @@ from ..compiled import source_digest
 from ..config import Config, require_built
 from ..decision import Decided
 from ..exchange.paper import PaperExchange
+from ..exchange.pieces import open_inner
 from ..exchange.recorded import RecordedMarket
 from ..lease import hold_lease
 from .cycle import CycleReport, run_cycle
@@ -81,6 +82,7 @@ def open_desk(
     dataset: str | None = None,  # --dataset; None: `paths.dataset`
     now_ms: int | None = None,  # where a simulated clock stands, UTC ms; None: the system's clock
     base: Path | None = None,  # folder that relative paths start from; None: the working folder
+    inner: Panel | None = None,  # short bars inside those of `recording`
 ) -> Iterator[Desk]:
     "Open market, account, history and state for one trader; raises `RefusedError` when there is one already."
     require_built(config)
@@ -89,7 +91,8 @@ def open_desk(
         state = stack.enter_context(open_state(config.live.state_url, base))
         stack.enter_context(hold_lease(state, "trader", source_digest(), notebooks_digest(base or Path.cwd())))
         panel = recording or open_panel(config, data, dataset)
-        market = RecordedMarket(panel, clock, config.paper.spread_bps)
+        pieces = inner if recording is not None else open_inner(config, data, dataset, clock.now_ms())
+        market = RecordedMarket(panel, clock, config.paper.spread_bps, pieces)
         port = stack.enter_context(PaperExchange(market, clock, config, base=base))
         history = History(port, config.exchange.timeframe, history_bars(config), origin=panel.origin)
         yield Desk(port, history, state, clock, config, panel.origin, base)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..clock import format_utc
 from ..config import Config
 from ..database import sql
-from ..decision import Memory, as_text, from_json
+from ..decision import Memory, as_json, as_text, from_json
 from ..errors import DataError
 from ..execution.intents import EXIT
 from ..execution.journal import parts_of
@@ -237,11 +237,13 @@ def follow(
 def resume(
     state: State,
     now_ms: int,  # UTC ms
+    word: str = "",  # who says so and why, kept with the event
 ) -> Memory:  # as it is now
     "End the pauses of an account, on a person's word."
     with state.write() as connection:
         before = recall_in(connection, state)
         after = replace(before, brakes=released(before.brakes), days=())
         keep_memory(connection, after, now_ms)
-        emit(connection, now_ms, "WARNING", "resumed", "trading was resumed by a person; losses are counted anew from now on")
+        text = f"trading was resumed by a person{f' ({word})' if word else ''}; losses are counted anew from now on"
+        emit(connection, now_ms, "WARNING", "resumed", text, data={"before": as_json(before)["brakes"]})
     return after

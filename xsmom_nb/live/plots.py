@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FATES', 'LIMITS', 'VERDICTS', 'STEPS', 'fate_of', 'plot_scores', 'plot_filter', 'removals_table', 'wanted_weights',
-           'largest_target', 'weight_steps', 'plot_waterfall', 'book_table', 'plot_book', 'plot_equity', 'orders_table',
-           'cards_table']
+           'largest_target', 'weight_steps', 'plot_waterfall', 'book_table', 'plot_book', 'plot_equity', 'stops_table',
+           'plot_stops', 'orders_table', 'cards_table']
 
 # %% ../../nbs/live/05_plots.ipynb #416f64d3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..config import Config
 from ..decision import Card, DayOfEquity, Decided, Decision
+from ..ports import Position
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -250,6 +251,37 @@ def plot_equity(
     if len(equity):
         axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))
     axes.set(ylabel="USDT", title=title)
+
+# %% ../../nbs/live/05_plots.ipynb #0f6db630
+def stops_table(
+    positions: Sequence[Position],  # as the exchange has them
+    moved: Collection[str],  # symbols whose stop was moved in this hour
+) -> pd.DataFrame:  # a row a position: mark, stop (NaN: none), distance of the stop from the mark as a share of it, moved
+    "Positions and what protects them."
+    rows = {each.symbol: {
+        "mark": float(each.mark_price), "stop": np.nan if each.stop_price is None else float(each.stop_price),
+        "moved": each.symbol in moved} for each in positions}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["mark", "stop", "moved"])
+    table.insert(2, "distance", (table["stop"] / table["mark"] - 1).abs())
+    return table.sort_values("distance", kind="stable", na_position="first").rename_axis("symbol")
+
+
+def plot_stops(
+    positions: Sequence[Position],
+    moved: Collection[str],
+    axes: "Axes",
+) -> None:
+    "The distance of each position's stop, in per cent of the price; the unprotected first."
+    table = stops_table(positions, moved)
+    bare = table["stop"].isna()
+    reach = float(table["distance"].max()) if not bare.all() else 0.01
+    colours = ["C3" if none else "C2" if is_moved else "C0" for none, is_moved in zip(bare, table["moved"], strict=True)]
+    hatches = ["//" if none else "" for none in bare]
+    axes.bar(range(len(table)), 100 * table["distance"].fillna(reach), color=colours, hatch=hatches)
+    _label_symbols(axes, list(table.index))
+    meanings = {"rests": "C0", "moved in this hour": "C2", "NO stop": "C3"}
+    _legend(axes, {meaning: colour for meaning, colour in meanings.items() if colour in colours})
+    axes.set(ylabel="% of the price", title=f"Stops at the exchange: {int((~bare).sum())} of {len(table)} positions have one")
 
 # %% ../../nbs/live/05_plots.ipynb #a14088ae
 def orders_table(

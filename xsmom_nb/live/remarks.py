@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from xsmom_nb.live.cycle import CycleReport
 
 # %% auto #0
-__all__ = ['REMEDIES', 'recovery_remarks', 'recovery_facts', 'order_remarks', 'hour_remarks', 'banner', 'hour_figures',
-           'headline', 'orders_as_json']
+__all__ = ['REMEDIES', 'recovery_remarks', 'recovery_facts', 'order_remarks', 'guard_remarks', 'guard_facts', 'hour_remarks',
+           'banner', 'hour_figures', 'headline', 'orders_as_json']
 
 # %% ../../nbs/live/04_remarks.ipynb #9ae241d1
 def recovery_remarks(
@@ -76,13 +76,42 @@ def order_remarks(
                 why = f": {each.note}" if each.note else ""
                 yield f"{each.intent.request.symbol}: order to {each.intent.leg} is {outcome}{why}{remedy}"
 
+# %% ../../nbs/live/04_remarks.ipynb #ccc95359
+def guard_remarks(
+    report: CycleReport,
+) -> Iterator[str]:  # the most urgent first
+    "What the guard could not do."
+    for symbol in report.guarded[-1].unprotected:
+        yield f"{symbol}: is held without a stop at the exchange; the guard alone protects it, and tries again to set one"
+    for guard in report.guarded:
+        for each in guard.sent:
+            if each.outcome != "accepted":
+                why = f": {each.note}" if each.note else ""
+                yield f"{each.intent.request.symbol}: exit is {each.outcome}{why}; the guard asks again"
+
+
+def guard_facts(
+    report: CycleReport,
+) -> dict[str, str]:  # what it looks after, to what it did
+    "What the guard did before the decision and after its orders, in words."
+    exits = [each for guard in report.guarded for each in guard.sent]
+    moved = {symbol: price for guard in report.guarded for symbol, price in guard.stops.items()}
+    sold = [f"{each.intent.request.symbol} {each.intent.leg} {each.intent.request.quantity:f}, {each.outcome}" for each in exits]
+    bare = report.guarded[-1].unprotected
+    return {
+        "exits": "; ".join(sold) or "none",
+        "stops moved": ", ".join(f"{symbol} to {price:f}" for symbol, price in sorted(moved.items())) or "none",
+        "without a stop": ", ".join(bare) or f"none of {_count(len(report.positions_after), 'position')}",
+    }
+
 # %% ../../nbs/live/04_remarks.ipynb #102771a6
 def hour_remarks(
     report: CycleReport,
 ) -> list[str]:  # the most urgent first; empty when nobody needs to know anything
     "What somebody should know about an hour, a sentence each."
     late = [f"not waited for any longer: bars of {', '.join(report.late)}"] if report.late else []
-    return [*order_remarks(report), *recovery_remarks(report.recovery), *report.decided.decision.notices, *late]
+    found = [*guard_remarks(report), *order_remarks(report), *recovery_remarks(report.recovery)]
+    return [*found, *report.decided.decision.notices, *late]
 
 # %% ../../nbs/live/04_remarks.ipynb #580c06b1
 def banner(
@@ -110,6 +139,7 @@ def hour_figures(
         "gross": sum(map(abs, held)), "net": sum(held), "positions": len(held),
         "target_gross": sum(map(abs, decision.targets.values())), "orders": len(decision.intents),
         **{outcome: outcomes.count(outcome) for outcome in ("accepted", "rejected", "unknown")},
+        "exits": sum(len(guard.sent) for guard in report.guarded), "unprotected": len(report.guarded[-1].unprotected),
         "fills": len(booked.fills), "fees": float(paid["fee"]), "funding": float(paid["funding"]),
         "remarks": len(hour_remarks(report)), "decision_milliseconds": 1000 * report.seconds["decide"],
         "cycle_seconds": sum(report.seconds.values()),
@@ -126,6 +156,8 @@ def headline(
     counts = ", ".join(f"{outcomes.count(name)} {name}" for name in dict.fromkeys(outcomes))
     spread = "unknown" if decision.dispersion is None else f"{decision.dispersion:.2f}"
     entries = "" if decision.may_enter else ", but the filters allow NO new entries"
+    moved, bare = sum(len(guard.stops) for guard in report.guarded), len(report.guarded[-1].unprotected)
+    protection = f"{_count(bare, 'position')} WITHOUT a stop" if bare else "every position has its stop"
     plan = f"yes, up to {decision.names_per_side} names a side (dispersion {spread}){entries}" if decision.rebalances else "no"
     return {
         "decided": f"{format_utc(decision.time_ms)}, on the bar of {format_utc(decision.row_ms)}",
@@ -134,6 +166,7 @@ def headline(
         "held": f"{figures['gross']:.0%} gross, {round(figures['net'], 3) + 0.0:+.1%} net, in {_count(len(held), 'symbol')}",
         "rebalance": plan,
         "orders": counts or "none",
+        "guard": f"{_count(int(figures['exits']), 'exit')}, {_count(moved, 'stop')} moved, {protection}",
         "booked": f"{_count(len(report.recovery.booked.fills), 'fill')}, {figures['fees']:,.2f} fees and "
                   f"{figures['funding']:,.2f} funding paid",
         "took": f"{figures['cycle_seconds']:.2f} s, the decision {figures['decision_milliseconds']:.0f} ms",
