@@ -192,6 +192,8 @@ class Line:
             code = code_of(error)
             reason = f"{code or ''} {type(error).__name__}: {str(error)[:300]}".strip()
             return Submission(outcome_of(error), reason=reason), {}
+        except TransientError as error:  # the clock did not answer while the request was signed
+            return Submission("unknown", reason=str(error)), {}
         except (KeyError, TypeError, ValueError) as error:
             return Submission("unknown", reason=f"an answer that cannot be read: {error!r}"), {}
         return Submission("accepted", str(result.get("orderId", ""))), result
