@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from xsmom_nb.exchange.launch import scene_of, simulator_on
 from xsmom_nb.exchange.server import serving
 from xsmom_nb.live.desk import Desk, open_desk
 from xsmom_nb.market.panel import Panel
-from xsmom_nb.ports import Account, Fill, Position
+from xsmom_nb.ports import Account, Fill, OrderRequest, Position
 
 pytest.importorskip("ccxt", reason="no package ccxt found")
 HOUR = 3_600_000
@@ -30,7 +31,7 @@ LAST = "2025-03-31T23:00:00Z"  # before the holdout
 class Hours(NamedTuple):
     "What came of some hours on one exchange."
 
-    wanted: list[list[dict[str, Any]]]  # orders of each decision
+    wanted: list[list[OrderRequest]]  # orders of each decision
     outcomes: list[list[tuple[str, str]]]  # name and outcome of each order
     fills: list[Fill]  # ascending
     accounts: list[Account]  # after each hour
@@ -74,7 +75,7 @@ def traded(venue: Any, panel: Panel, start_ms: int, hours: int) -> Hours:
     with TemporaryDirectory() as folder, venue(panel, start_ms, Path(folder)) as (desk, advance):
         for _ in range(hours):
             report = desk.cycle(Recorder())
-            wanted.append([vars(each.request) for each in report.decided.decision.intents])
+            wanted.append([each.request for each in report.decided.decision.intents])
             outcomes.append([(each.intent.request.link_id, each.outcome) for each in report.sent])
             accounts.append(report.account_after)
             advance(HOUR)
@@ -90,7 +91,7 @@ def compared(panel: Panel, hours: int) -> tuple[Hours, Hours]:
         assert ours == theirs, f"hour {hour}"
     assert paper.outcomes == simulator.outcomes
     assert told(paper.fills) == told(simulator.fills)
-    assert [each.equity for each in paper.accounts] == pytest.approx([each.equity for each in simulator.accounts], abs=1e-6)
+    assert all(abs(ours.equity - theirs.equity) < Decimal("1e-6") for ours, theirs in zip(paper.accounts, simulator.accounts, strict=True))
     assert paper.positions == simulator.positions
     return paper, simulator
 

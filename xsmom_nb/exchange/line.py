@@ -68,6 +68,9 @@ def strict_client(
         def milliseconds(self) -> int:
             return clock.now_ms()
 
+        def set_last_rest_request_timestamp(self) -> None:
+            "A note that nobody reads is not worth a look at a clock that may be another process."
+
         def handle_errors(self, status: int, reason: str, url: str, method: str, headers: Any, body: str, response: Any,
                           *sent: Any) -> Any:
             said = response if isinstance(response, dict) else None
