@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from xsmom_nb.clock import SimulatedClock
 from xsmom_nb.config import Config, with_values
 from xsmom_nb.errors import DataError, RefusedError, StateError
-from xsmom_nb.exchange.books import Books, account_of, deposited
+from xsmom_nb.exchange.books import Books, account_of, deposited, one_leverage
 from xsmom_nb.exchange.matching import Happening, accepted, advanced, depth_of, ended, venue_of
 from xsmom_nb.exchange.paper import PaperExchange, price_result, totals
 from xsmom_nb.exchange.recorded import RecordedMarket
@@ -167,7 +167,7 @@ def check_engine(books, events, last, venue):
     assert len({entry.entry_id for entry in entries}) == len(entries)
     assert len({fill.fill_id for fill in fills}) == len(fills)
     mark = Decimal(repr(last))
-    account = account_of(books, Decimal(3))
+    account = account_of(books, one_leverage(3))
     assert books.wallet == 10_000 + sum(entry.amount for entry in entries)
     explained = price_result(fills, {"XUSDT": mark}) + sum(entry.amount for entry in entries if entry.kind in ("fee", "funding"))
     assert abs(account.equity - 10_000 - explained) < Decimal("1e-9")

@@ -108,8 +108,8 @@ class Compiled:
         cached = function.__module__ != "__main__" and prepare_cache() is not None
         return _numba().njit(cache=cached, error_model="numpy", nogil=True, **self._choices)(function)
 
-    def __call__(self, *arguments: Any) -> Any:
-        return self.compiled(*arguments)
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.compiled(*arguments, **named)
 
     @property
     def _numba_type_(self) -> Any:

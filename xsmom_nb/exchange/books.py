@@ -230,7 +230,7 @@ def initial_margin(
 ) -> Decimal:  # quote currency
     "What positions and open orders tie up, at the marks of the books."
     values = {symbol: largest * books.holdings[symbol].mark for symbol, largest in exposures(books).items()}
-    return sum((value / leverage(symbol) for symbol, value in values.items()), ZERO)
+    return sum((values[symbol] / leverage(symbol) for symbol in sorted(values)), ZERO)  # in one order: quotients are rounded
 
 # %% ../../nbs/exchange/00b_books.ipynb #b9857883
 def account_of(

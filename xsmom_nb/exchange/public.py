@@ -16,6 +16,7 @@ from ..errors import UsageError
 from .limits import PageRule
 from .limits import page_of
 from .limits import page_size
+from .margin import risk_tiers
 from .protocol import Refusal
 from .quotes import book_at
 from .quotes import open_interest_at
@@ -30,7 +31,6 @@ from .wire import Json
 from .wire import Quotation
 from .wire import book_json
 from .wire import decimals_of
-from .wire import derived_tiers
 from .wire import funding_json
 from .wire import instrument_json
 from .wire import kline_row
@@ -211,7 +211,7 @@ def risk_limits(market: Market, query: Query, now_ms: int) -> Json:
         return listed([], query)
     names = [symbol_of(market, query, now_ms)] if query.get("symbol") else market.symbols(now_ms)
     page, cursor = page_of(names, names, 15, query.get("cursor", ""))
-    tiers = [risk_tier_json(name, tier) for name in page for tier in derived_tiers(market.rules(name, now_ms))]
+    tiers = [risk_tier_json(name, tier) for name in page for tier in risk_tiers(market.rules(name, now_ms).max_leverage)]
     return listed(tiers, query, cursor)
 
 # %% ../../nbs/exchange/12e_public.ipynb #ff79b007

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from .margin import RiskTier
 from ..ports import Bar
 from ..ports import FundingRate
 from ..ports import Instrument
 from ..ports import Side
 
 # %% auto #0
-__all__ = ['Json', 'Level', 'ENUMERATIONS', 'decimals_of', 'number', 'instrument_json', 'RiskTier', 'derived_tiers',
-           'risk_tier_json', 'turnover_of', 'kline_row', 'Quotation', 'ticker_json', 'Book', 'levels_json', 'book_json',
-           'PublicTrade', 'trade_json', 'funding_json', 'open_interest_json', 'time_json', 'differences',
-           'matches_example']
+__all__ = ['Json', 'Level', 'ENUMERATIONS', 'decimals_of', 'number', 'instrument_json', 'risk_tier_json', 'turnover_of',
+           'kline_row', 'Quotation', 'ticker_json', 'Book', 'levels_json', 'book_json', 'PublicTrade', 'trade_json',
+           'funding_json', 'open_interest_json', 'time_json', 'differences', 'matches_example']
 
 # %% ../../nbs/exchange/10_wire.ipynb #a4f9f972
 Json = dict[str, Any]
@@ -80,42 +80,14 @@ def instrument_json(
     }
 
 # %% ../../nbs/exchange/10_wire.ipynb #59d8f268
-@dataclass(frozen=True, slots=True)
-class RiskTier:
-    "Margin that positions up to a value need."
-
-    tier_id: int  # 1 = lowest
-    limit_value: Decimal  # largest position value, quote currency
-    maintenance_rate: Decimal  # fraction of the value
-    initial_rate: Decimal  # fraction of the value, 1 / `max_leverage`
-    max_leverage: Decimal
-    deduction: Decimal  # of the maintenance margin, quote currency
-
-# %% ../../nbs/exchange/10_wire.ipynb #7e51d026
-def derived_tiers(
-    rules: Instrument,
-    first_limit: Decimal = Decimal(2_000_000),  # largest value of the lowest tier, quote currency
-    count: int = 6,
-) -> tuple[RiskTier, ...]:  # ascending
-    "Risk tiers such as Bybit would set: each doubles the value and the margin's rate grows by that of the first."
-    first, tiers = 1 / rules.max_leverage / 2, list[RiskTier]()
-    for k in range(1, count + 1):
-        rate = first * k
-        below = tiers[-1] if tiers else None
-        deduction = below.deduction + below.limit_value * (rate - below.maintenance_rate) if below else Decimal(0)
-        leverage = (rules.max_leverage / k).quantize(Decimal("0.01"))
-        tiers.append(RiskTier(k, first_limit * 2 ** (k - 1), rate, 1 / leverage, leverage, deduction))
-    return tuple(tiers)
-
-
 def risk_tier_json(
     symbol: str,
     tier: RiskTier,
 ) -> Json:
     "An element of `risk-limit`."
-    return {"id": tier.tier_id, "symbol": symbol, "riskLimitValue": number(tier.limit_value),
+    return {"id": tier.number, "symbol": symbol, "riskLimitValue": number(tier.value_limit),
             "maintenanceMargin": number(tier.maintenance_rate), "initialMargin": number(round(tier.initial_rate, 6)),
-            "isLowestRisk": int(tier.tier_id == 1), "maxLeverage": number(tier.max_leverage, 2),
+            "isLowestRisk": int(tier.number == 1), "maxLeverage": number(round(tier.max_leverage, 2), 2),
             "mmDeduction": number(tier.deduction) if tier.deduction else ""}
 
 # %% ../../nbs/exchange/10_wire.ipynb #f61e2eca

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..clock import format_utc
 from ..config import Config
 from ..database import sql
-from ..decision import Memory, as_text, from_json
+from ..decision import Memory, as_json, as_text, from_json
 from ..errors import DataError
 from ..execution.intents import EXIT
 from ..execution.journal import parts_of
@@ -245,5 +245,5 @@ def resume(
         after = replace(before, brakes=released(before.brakes), days=())
         keep_memory(connection, after, now_ms)
         text = f"trading was resumed by a person{f' ({word})' if word else ''}; losses are counted anew from now on"
-        emit(connection, now_ms, "WARNING", "resumed", text, data={"before": as_json(before.brakes)})
+        emit(connection, now_ms, "WARNING", "resumed", text, data={"before": as_json(before)["brakes"]})
     return after
