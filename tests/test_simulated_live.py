@@ -49,7 +49,8 @@ class Recorder:
 def config_in(folder: Path, **changes: Any) -> Config:
     "A config whose state and account lie in a folder of their own."
     places = {"live.state_url": f"sqlite:///{folder}/state.sqlite", "paper.account_url": f"sqlite:///{folder}/paper.sqlite"}
-    return with_values(Config(), {**places, "live.emergency_stop_file": f"{folder}/STOP", "live.bar_wait_seconds": 0.0, **changes})
+    more = {"live.emergency_stop_file": f"{folder}/STOP", "live.bar_wait_seconds": 0.0}
+    return with_values(Config(), {**places, **more, **changes})
 
 
 @contextmanager
@@ -91,14 +92,16 @@ def compared(panel: Panel, hours: int) -> tuple[Hours, Hours]:
         assert ours == theirs, f"hour {hour}"
     assert paper.outcomes == simulator.outcomes
     assert told(paper.fills) == told(simulator.fills)
-    assert all(abs(ours.equity - theirs.equity) < Decimal("1e-6") for ours, theirs in zip(paper.accounts, simulator.accounts, strict=True))
+    equities = zip(paper.accounts, simulator.accounts, strict=True)
+    assert all(abs(ours.equity - theirs.equity) < Decimal("1e-6") for ours, theirs in equities)
     assert paper.positions == simulator.positions
     return paper, simulator
 
 
 def told(fills: list[Fill]) -> list[tuple[Any, ...]]:
     "Fills without the names that an exchange gives them, in an order that is the same everywhere."
-    return sorted((each.time_ms, each.link_id, each.symbol, each.side, each.quantity, each.price, each.fee, each.is_maker) for each in fills)
+    return sorted((each.time_ms, each.link_id, each.symbol, each.side, each.quantity, each.price, each.fee, each.is_maker)
+                  for each in fills)
 
 
 def test_six_hours_are_the_same_on_the_simulator(real_store):
