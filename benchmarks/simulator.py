@@ -90,7 +90,8 @@ class Client:
         if number % 5 == 0:
             side = "Buy" if number % 10 else "Sell"
             symbol, name = symbols[number // 10 % len(symbols)], f"bench-{number}"
-            await self.post("order/create", category="linear", symbol=symbol, side=side, orderType="Market", qty="10", orderLinkId=name)
+            order = {"symbol": symbol, "side": side, "orderType": "Market", "qty": "10", "orderLinkId": name}
+            await self.post("order/create", category="linear", **order)
 
 
 def memory_mb(process: subprocess.Popen[str]) -> float:
@@ -143,8 +144,8 @@ async def replayed(process: subprocess.Popen[str], url: str, hours: int) -> dict
                 memory[(number + 1) // 60] = memory_mb(process)
         seconds, computed = time.perf_counter() - begin, processor_seconds(process) - computed
     quarter, last = memory.get(6, memory[min(memory)]), memory[max(memory)]
-    return {"contracts": len(symbols), "hours": hours, "seconds": seconds, "simulator_processor_seconds": computed, "requests": client.requests,
-            "requests_per_second": client.requests / seconds, "messages": client.messages, "refused": dict(client.refused),
+    return {"contracts": len(symbols), "hours": hours, "seconds": seconds, "simulator_processor_seconds": computed,
+            "requests": client.requests, "requests_per_second": client.requests / seconds, "messages": client.messages, "refused": dict(client.refused),
             "memory_mb_hour_6": quarter, "memory_mb_last": last, "memory_ratio": last / quarter}
 
 

@@ -74,7 +74,9 @@ def opened_scene(
 # %% ../nbs/95f_cli_exchange.ipynb #59caea28
 PORT = 18555  # of `exchange.line.SIMULATOR_URL`
 
-PortOption = Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="Where to listen, on this machine only; 0: a free one.")]
+PortOption = Annotated[
+    int, typer.Option("--port", metavar="N", min=0, max=65535, help="Where to listen, on this machine only; 0: a free one.")
+]
 BeginOption = Annotated[
     str | None, typer.Option("--start", metavar="TIME", help="Where its clock starts, UTC; else two days before the end.")
 ]
@@ -83,14 +85,16 @@ StopOption = Annotated[
 ]
 SpeedOption = Annotated[float, typer.Option("--speed", metavar="X", help="Simulated seconds a second.")]
 ModeOption = Annotated[
-    str, typer.Option("--mode", metavar="MODE", help="running; paused: the side channel moves the clock; stepped: it waits for everybody.")
+    str, typer.Option("--mode", metavar="MODE", help="running; paused: moved by the side channel; stepped: waits for everybody.")
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Of fills, messages and faults; else paper.seed.")]
 KeyOption = Annotated[str | None, typer.Option("--key", metavar="KEY", help="API key; else BYBIT_API_KEY, else simulator-key.")]
 SecretOption = Annotated[
     str | None, typer.Option("--secret", metavar="SECRET", help="Its secret; else BYBIT_API_SECRET, else simulator-secret.")
 ]
-JournalOption = Annotated[Path | None, typer.Option("--journal", metavar="FILE", help="Everything that happens, as lines of JSON.")]
+JournalOption = Annotated[
+    Path | None, typer.Option("--journal", metavar="FILE", help="Everything that happens, as lines of JSON.")
+]
 LimitsOption = Annotated[bool, typer.Option("--limits/--no-limits", help="Whether asking too often is refused.")]
 
 
@@ -109,7 +113,7 @@ def chosen_keys(
         return key, secret
     found = keys_for(with_values(Config(), {"live.mode": "simulator"}), load_secrets())
     if found.bybit_api_key is None or found.bybit_api_secret is None:
-        raise UsageError("BYBIT_API_KEY, BYBIT_API_SECRET: one is set without the other; set both, or neither, or give --key and --secret")
+        raise UsageError("BYBIT_API_KEY, BYBIT_API_SECRET: one is set without the other; expected both or neither, or --key and --secret")
     return found.bybit_api_key.get_secret_value(), found.bybit_api_secret.get_secret_value()
 
 
@@ -119,8 +123,9 @@ def chosen_keys(
     "xsmom exchange simulate --mode paused --journal events.jsonl",
     "xsmom live --set live.mode='\"simulator\"'              # a cycle of ours, on its time"))
 def simulate(
-    port: PortOption = PORT, data: DataOption = None, dataset: DatasetOption = None, start: BeginOption = None, end: StopOption = None,
-    speed: SpeedOption = 1.0, mode: ModeOption = "running", seed: SeedOption = None, key: KeyOption = None, secret: SecretOption = None,
+    port: PortOption = PORT, data: DataOption = None, dataset: DatasetOption = None,
+    start: BeginOption = None, end: StopOption = None, speed: SpeedOption = 1.0, mode: ModeOption = "running",
+    seed: SeedOption = None, key: KeyOption = None, secret: SecretOption = None,
     journal: JournalOption = None, limits: LimitsOption = True, config: ConfigOption = None, settings: SetOption = None,
 ) -> None:  # fmt: skip
     "Serve recorded bars as an exchange that speaks Bybit V5, until it is interrupted."
@@ -138,9 +143,10 @@ def simulate(
     effective = runnable_config(config, settings)
     scene = opened_scene(effective, data, dataset, start, end)
     simulator = simulator_on(scene, effective, cast(Mode, mode), speed, seed, *pair, limits, Journal(journal))
-    contracts, until = len(simulator.market.symbols(scene.start_ms)), format_utc(scene.end_ms)
+    contracts = f"{len(simulator.market.symbols(scene.start_ms))} contracts of {scene.panel.origin}"
+    span = f"{format_utc(scene.start_ms)} to {format_utc(scene.end_ms)}"
 
     def ready(url: str) -> None:
-        typer.echo(f"{url}  {contracts} contracts of {scene.panel.origin}, {format_utc(scene.start_ms)} to {until}, {mode} at {speed:g}×")
+        typer.echo(f"{url}  {contracts}, {span}, {mode} at {speed:g}×")
 
     serve(simulator, port=port, ready=ready)

@@ -308,7 +308,7 @@ BeginOption = Annotated[
 AccountOption = Annotated[str | None, typer.Option("--account", metavar="NAME", help="Simulated account; else `simulated`.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Begin the simulated account anew; kept runs stay.")]
 DirectOption = Annotated[bool, typer.Option("--direct", help="All cycles in this process, kept as one run.")]
-ConfirmOption = Annotated[bool, typer.Option("--confirm", help="Real orders are meant: needed where live.mode is testnet, demo or live.")]
+ConfirmOption = Annotated[bool, typer.Option("--confirm", help="Orders on testnet, demo or the real exchange are meant.")]
 
 
 @app.command("live", epilog=examples(

@@ -46,8 +46,9 @@ def scene_of(
     first_ms, last_ms = int(panel.open_time_ms[0]) + step_ms, int(panel.open_time_ms[-1]) + step_ms
     stop_ms = last_ms if end_ms is None else end_ms
     if not first_ms <= start_ms < stop_ms <= last_ms:
-        raise UsageError(f"simulator from {format_utc(start_ms)} to {format_utc(stop_ms)}: {panel.origin} covers {format_utc(first_ms)} "
-                         f"to {format_utc(last_ms)}; expected a start before the end, and both within; see --start and --end")
+        asked, there = ((format_utc(begin), format_utc(end)) for begin, end in ((start_ms, stop_ms), (first_ms, last_ms)))
+        raise UsageError(f"simulator from {asked[0]} to {asked[1]}: {panel.origin} covers {there[0]} to {there[1]}; expected a start "
+                         "before the end, and both within; see --start and --end")
     cut = None if inner is None else _before(inner, stop_ms)
     return Scene(panel.slice(None, -(-stop_ms // step_ms) * step_ms - step_ms), cut, start_ms, stop_ms)
 
@@ -79,4 +80,5 @@ def simulator_on(
     engine = TradingEngine(lambda clock: RecordedMarket(panel, clock, spread_bps, inner), config, scene.start_ms, chosen)
     pace = Pace(scene.start_ms, time.monotonic, speed, mode, scene.end_ms)
     terms = Terms(chosen) if limits else Terms(chosen, rate_limits=False, address_limit=None)
-    return Simulator(Market(Tape(panel, inner), spread_bps), pace, [ApiKey(key, secret, user=USER)], {USER: engine}, terms, journal)
+    market, keys = Market(Tape(panel, inner), spread_bps), [ApiKey(key, secret, user=USER)]
+    return Simulator(market, pace, keys, {USER: engine}, terms, journal)

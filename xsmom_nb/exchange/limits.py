@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from .protocol import Refusal
 
@@ -131,7 +132,7 @@ def page_of(
     "One page of a list; raises `Refusal` for a cursor that is none."
     start = 0
     if cursor:
-        kind, _, name = cursor.partition("%3A")
+        kind, _, name = unquote(cursor).partition(":")  # some clients encode it once more, some send it as it came
         if kind != "after" or name not in names:
             raise Refusal(10001, "params error: cursor is invalid")
         start = names.index(name) + 1

@@ -90,8 +90,8 @@ def open_venue(
     "The exchange that a config means; raises `UsageError` for a market or a time given to one that has its own."
     if config.live.mode == "simulator":
         if recording is not None or now_ms is not None:
-            raise UsageError("live.mode is simulator: market and time are the simulator's; expected neither from us; name them in "
-                             "`xsmom exchange simulate`, or set live.mode to paper")
+            raise UsageError("live.mode is simulator: market and time are the simulator's; expected neither from us; "
+                             "name them to `xsmom exchange simulate`, or set live.mode to paper")
         yield *connect(config), "Bybit simulator"
         return
     clock: Clock = SystemClock() if now_ms is None else SimulatedClock(now_ms)
