@@ -145,7 +145,8 @@ async def replayed(process: subprocess.Popen[str], url: str, hours: int) -> dict
         seconds, computed = time.perf_counter() - begin, processor_seconds(process) - computed
     quarter, last = memory.get(6, memory[min(memory)]), memory[max(memory)]
     return {"contracts": len(symbols), "hours": hours, "seconds": seconds, "simulator_processor_seconds": computed,
-            "requests": client.requests, "requests_per_second": client.requests / seconds, "messages": client.messages, "refused": dict(client.refused),
+            "requests": client.requests,
+            "requests_per_second": client.requests / seconds, "messages": client.messages, "refused": dict(client.refused),
             "memory_mb_hour_6": quarter, "memory_mb_last": last, "memory_ratio": last / quarter}
 
 

@@ -113,7 +113,7 @@ def chosen_keys(
         return key, secret
     found = keys_for(with_values(Config(), {"live.mode": "simulator"}), load_secrets())
     if found.bybit_api_key is None or found.bybit_api_secret is None:
-        raise UsageError("BYBIT_API_KEY, BYBIT_API_SECRET: one is set without the other; expected both or neither, or --key and --secret")
+        raise UsageError("BYBIT_API_KEY, BYBIT_API_SECRET: one without the other; expected both or neither, or --key and --secret")
     return found.bybit_api_key.get_secret_value(), found.bybit_api_secret.get_secret_value()
 
 

@@ -47,8 +47,8 @@ def scene_of(
     stop_ms = last_ms if end_ms is None else end_ms
     if not first_ms <= start_ms < stop_ms <= last_ms:
         asked, there = ((format_utc(begin), format_utc(end)) for begin, end in ((start_ms, stop_ms), (first_ms, last_ms)))
-        raise UsageError(f"simulator from {asked[0]} to {asked[1]}: {panel.origin} covers {there[0]} to {there[1]}; expected a start "
-                         "before the end, and both within; see --start and --end")
+        raise UsageError(f"simulator from {asked[0]} to {asked[1]}: {panel.origin} covers {there[0]} to {there[1]}; expected "
+                         "a start before the end, and both within; see --start and --end")
     cut = None if inner is None else _before(inner, stop_ms)
     return Scene(panel.slice(None, -(-stop_ms // step_ms) * step_ms - step_ms), cut, start_ms, stop_ms)
 
