@@ -71,7 +71,7 @@ def opened_scene(
     panel = open_panel(config, data, dataset)
     return scene_of(panel, open_inner(config, data, dataset), *played(config, panel, start, end))
 
-# %% ../nbs/95f_cli_exchange.ipynb #59caea28
+# %% ../nbs/95f_cli_exchange.ipynb #edc02bd4
 PORT = 18555  # of `exchange.line.SIMULATOR_URL`
 
 PortOption = Annotated[
@@ -97,7 +97,7 @@ JournalOption = Annotated[
 ]
 LimitsOption = Annotated[bool, typer.Option("--limits/--no-limits", help="Whether asking too often is refused.")]
 
-
+# %% ../nbs/95f_cli_exchange.ipynb #59caea28
 def chosen_keys(
     key: str | None,  # --key
     secret: str | None,  # --secret
@@ -113,10 +113,10 @@ def chosen_keys(
         return key, secret
     found = keys_for(with_values(Config(), {"live.mode": "simulator"}), load_secrets())
     if found.bybit_api_key is None or found.bybit_api_secret is None:
-        raise UsageError("BYBIT_API_KEY, BYBIT_API_SECRET: one without the other; expected both or neither, or --key and --secret")
+        raise UsageError("BYBIT_API_KEY, BYBIT_API_SECRET: one is missing; expected both or neither, or --key and --secret")
     return found.bybit_api_key.get_secret_value(), found.bybit_api_secret.get_secret_value()
 
-
+# %% ../nbs/95f_cli_exchange.ipynb #d29ef369
 @app.command("simulate", epilog=examples(
     "xsmom exchange simulate                               # the last two days before the holdout, in their own time",
     "xsmom exchange simulate --start 2025-03-01 --speed 3600   # an hour a second",
