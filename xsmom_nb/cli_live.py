@@ -285,7 +285,7 @@ def check_options(
     if cycles is not None and mode != "paper":
         raise UsageError(f"--cycles {cycles}: a simulated clock needs live.mode paper, this config has {mode}; "
                          "add --set live.mode='\"paper\"', or leave --cycles out")
-    if mode != "paper" and not confirm:
+    if mode not in ("paper", "simulator") and not confirm:
         raise RefusedError(f"live.mode is {mode}: orders would go to an exchange; add --confirm if that is meant")
 
 # %% ../nbs/95b_cli_live.ipynb #331dd334
@@ -308,7 +308,7 @@ BeginOption = Annotated[
 AccountOption = Annotated[str | None, typer.Option("--account", metavar="NAME", help="Simulated account; else `simulated`.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Begin the simulated account anew; kept runs stay.")]
 DirectOption = Annotated[bool, typer.Option("--direct", help="All cycles in this process, kept as one run.")]
-ConfirmOption = Annotated[bool, typer.Option("--confirm", help="Real orders are meant, where live.mode is not paper.")]
+ConfirmOption = Annotated[bool, typer.Option("--confirm", help="Orders on testnet, demo or the real exchange are meant.")]
 
 
 @app.command("live", epilog=examples(

@@ -290,7 +290,7 @@ def to_yaml(
     return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=130, allow_unicode=True)
 
 # %% ../nbs/03e_config.ipynb #f38cc4c1
-NOT_BUILT: dict[str, Any] = {  # key: the only value that is served so far
+NOT_BUILT: dict[str, Any] = {  # key: the only value that is served so far, or a tuple of those that are
     "strategy.name": "xsmom",
     "carry.enabled": False,
     "filters.majors.enabled": False,
@@ -307,20 +307,26 @@ NOT_BUILT: dict[str, Any] = {  # key: the only value that is served so far
     "execution.dynamic_offset.enabled": False,
     "execution.imbalance.enabled": False,
     "execution.taker_fallback": False,
-    "live.mode": "paper",
+    "live.mode": ("paper", "simulator"),
     "notify.routes": (),
 }
 
 # %% ../nbs/03e_config.ipynb #21e48bd2
+def _served(key: str) -> tuple[Any, ...]:
+    "The values that are served of a setting of `NOT_BUILT`."
+    values = NOT_BUILT[key]
+    return values if isinstance(values, tuple) and values else (values,)
+
+# %% ../nbs/03e_config.ipynb #fff8eaab
 def require_built(
     config: Config,
 ) -> None:
     "Raise `ConfigError` naming every setting that switches on something that does not exist yet."
     values = {key: value_at(config, key) for key in NOT_BUILT}
     lines = [
-        f"{key} = {_shown(key, values[key])}: not built yet; expected {_shown(key, served)}"
-        for key, served in NOT_BUILT.items()
-        if values[key] != served
+        f"{key} = {_shown(key, values[key])}: not built yet; expected {' or '.join(_shown(key, one) for one in _served(key))}"
+        for key in NOT_BUILT
+        if values[key] not in _served(key)
     ]
     if lines:
         raise ConfigError("\n".join(lines))

@@ -290,6 +290,7 @@ class BybitMarket:
         quote: str = "USDT",
     ) -> None:
         self.line, self._quote = line, quote
+        self._launches: dict[str, int] = {}  # by symbol, UTC ms; asked for once
 
     def fetch_time_ms(self) -> int:
         "The exchange's clock, UTC ms."
@@ -320,16 +321,21 @@ class BybitMarket:
         return sorted((ticker for ticker in read if ticker), key=lambda each: each.symbol)
 
     def _launch_ms(self, symbol: str) -> int:
-        rows = instrument_rows(self.line, symbol)
-        return whole_of(rows[0], "launchTime") if rows else 0
+        if symbol not in self._launches:
+            rows = instrument_rows(self.line, symbol)
+            if not rows:
+                return 0
+            self._launches[symbol] = whole_of(rows[0], "launchTime")
+        return self._launches[symbol]
 
     def _first(self, start_ms: int, window_ms: int, ask: Callable[[int, int], list[Found]]) -> list[Found]:
         "The answer to the first window from a time on that holds something."
+        if found := ask(start_ms, start_ms + window_ms - 1):  # nearly always; the time is asked only where it matters
+            return found
         now_ms = self.fetch_time_ms()
-        while start_ms <= now_ms:
+        while (start_ms := start_ms + window_ms) <= now_ms:
             if found := ask(start_ms, start_ms + window_ms - 1):
                 return found
-            start_ms += window_ms
         return []
 
 # %% ../../nbs/exchange/21_bybit.ipynb #56429fa6

@@ -69,6 +69,9 @@ def strict_client(
         def milliseconds(self) -> int:
             return clock.now_ms()
 
+        def set_last_rest_request_timestamp(self) -> None:
+            "A note that nobody reads is not worth a look at a clock that may be another process."
+
         def handle_errors(self, status: int, reason: str, url: str, method: str, headers: Any, body: str, response: Any,
                           *sent: Any) -> Any:
             said = response if isinstance(response, dict) else None
@@ -197,6 +200,8 @@ class Line:
             code = code_of(error)
             reason = f"{code or ''} {type(error).__name__}: {str(error)[:300]}".strip()
             return Submission(outcome_of(error), reason=reason), {}
+        except TransientError as error:  # the clock did not answer while the request was signed
+            return Submission("unknown", reason=str(error)), {}
         except (KeyError, TypeError, ValueError) as error:
             return Submission("unknown", reason=f"an answer that cannot be read: {error!r}"), {}
         return Submission("accepted", str(result.get("orderId", ""))), result

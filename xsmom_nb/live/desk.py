@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..clock import Clock, SimulatedClock, SystemClock
 from ..compiled import source_digest
 from ..config import Config, require_built
 from ..decision import Decided
+from ..errors import UsageError
+from ..exchange.connect import ExchangeClock, connect, wait_on
 from ..exchange.paper import PaperExchange
 from ..exchange.pieces import open_inner
 from ..exchange.recorded import RecordedMarket
@@ -29,7 +32,7 @@ from ..state import State, open_state
 from ..strategy.core import history_bars
 
 # %% auto #0
-__all__ = ['notebooks_digest', 'wait_by', 'Desk', 'open_desk']
+__all__ = ['notebooks_digest', 'wait_by', 'Desk', 'open_venue', 'open_desk']
 
 # %% ../../nbs/live/02_desk.ipynb #5f7067c3
 def notebooks_digest(
@@ -49,7 +52,7 @@ def wait_by(
     "How to let time pass on a clock."
     if isinstance(clock, SimulatedClock):
         return lambda seconds: clock.advance(round(seconds * 1000))
-    return time.sleep
+    return partial(wait_on, clock) if isinstance(clock, ExchangeClock) else time.sleep
 
 # %% ../../nbs/live/02_desk.ipynb #8800359a
 @dataclass(frozen=True)
@@ -75,6 +78,30 @@ class Desk:
 
 # %% ../../nbs/live/02_desk.ipynb #91b88e17
 @contextmanager
+def open_venue(
+    config: Config,  # `live.mode`, `paper`, `exchange`, `paths`
+    recording: Panel | None = None,  # the market; None: as `data` and `dataset` say
+    data: Path | str | None = None,  # --data; None: searched for
+    dataset: str | None = None,  # --dataset; None: `paths.dataset`
+    now_ms: int | None = None,  # where a simulated clock stands, UTC ms; None: the system's clock
+    base: Path | None = None,  # folder that relative paths start from; None: the working folder
+    inner: Panel | None = None,  # short bars inside those of `recording`
+) -> Iterator[tuple[ExchangePort, Clock, str]]:  # the port, the time that holds there, where the market data comes from
+    "The exchange that a config means; raises `UsageError` for a market or a time given to one that has its own."
+    if config.live.mode == "simulator":
+        if recording is not None or now_ms is not None:
+            raise UsageError("live.mode is simulator: market and time are the simulator's; expected neither from us; "
+                             "name them to `xsmom exchange simulate`, or set live.mode to paper")
+        yield *connect(config), "Bybit simulator"
+        return
+    clock: Clock = SystemClock() if now_ms is None else SimulatedClock(now_ms)
+    panel = recording or open_panel(config, data, dataset)
+    pieces = inner if recording is not None else open_inner(config, data, dataset, clock.now_ms())
+    with PaperExchange(RecordedMarket(panel, clock, config.paper.spread_bps, pieces), clock, config, base=base) as port:
+        yield port, clock, panel.origin
+
+# %% ../../nbs/live/02_desk.ipynb #42aac99c
+@contextmanager
 def open_desk(
     config: Config,  # `live`, `paper`, `exchange`, `paths`
     recording: Panel | None = None,  # the market; None: as `data` and `dataset` say
@@ -86,13 +113,10 @@ def open_desk(
 ) -> Iterator[Desk]:
     "Open market, account, history and state for one trader; raises `RefusedError` when there is one already."
     require_built(config)
-    clock: Clock = SystemClock() if now_ms is None else SimulatedClock(now_ms)
     with ExitStack() as stack:
         state = stack.enter_context(open_state(config.live.state_url, base))
         stack.enter_context(hold_lease(state, "trader", source_digest(), notebooks_digest(base or Path.cwd())))
-        panel = recording or open_panel(config, data, dataset)
-        pieces = inner if recording is not None else open_inner(config, data, dataset, clock.now_ms())
-        market = RecordedMarket(panel, clock, config.paper.spread_bps, pieces)
-        port = stack.enter_context(PaperExchange(market, clock, config, base=base))
-        history = History(port, config.exchange.timeframe, history_bars(config), origin=panel.origin)
-        yield Desk(port, history, state, clock, config, panel.origin, base)
+        venue = open_venue(config, recording, data, dataset, now_ms, base, inner)
+        port, clock, origin = stack.enter_context(venue)
+        history = History(port, config.exchange.timeframe, history_bars(config), origin=origin)
+        yield Desk(port, history, state, clock, config, origin, base)
