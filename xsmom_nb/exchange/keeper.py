@@ -83,7 +83,7 @@ class BarKeeper:
         self.symbols = tuple(symbols)
         self._topics = {kline_topic(symbol, timeframe): symbol for symbol in symbols}
         self._bars: dict[str, dict[int, Bar]] = {symbol: {} for symbol in symbols}  # heard, the newest
-        self._newest: dict[str, int] = {}  # open time of the newest bar in the store, by symbol
+        self.newest: dict[str, int] = {}  # open time of the newest bar in the store, by symbol
         self._checked: dict[str, int] = {}  # from here on the next question begins, by symbol
         self._disputed: set[tuple[str, int]] = set()  # bars that were told twice, differently
         self._due: set[str] = set(symbols)  # symbols to ask about
@@ -134,10 +134,10 @@ class BarKeeper:
         if len(self._bars[symbol]) > _REMEMBERED:
             del self._bars[symbol][min(self._bars[symbol])]
         self.streamed += written.new
-        newest = self._newest.get(symbol)
+        newest = self.newest.get(symbol)
         if newest is None or bar.open_time_ms > newest + timeframe_ms(self._timeframe):
             self._due.add(symbol)
-        self._newest[symbol] = max(bar.open_time_ms, newest or 0)
+        self.newest[symbol] = max(bar.open_time_ms, newest or 0)
         self._on_bar(symbol, bar)
 
     def _note_hour(self, time_ms: int) -> None:
@@ -172,7 +172,7 @@ class BarKeeper:
             self._said(f"{symbol}: not repaired: {error}")
             return 0
         if done.last_ms is not None:
-            self._newest[symbol] = max(done.last_ms, self._newest.get(symbol, 0))
+            self.newest[symbol] = max(done.last_ms, self.newest.get(symbol, 0))
             self._checked[symbol] = self._checked_from(symbol, done.last_ms)
         self.repaired += done.new_bars
         return done.new_bars

@@ -29,9 +29,9 @@ def stream_client(
 ) -> Any:  # a `ccxt.pro.bybit`
     "A ccxt.pro client whose messages land in `inboxes`, by address."
     import ccxt  # type: ignore[import-untyped]
-    from ccxt.pro import bybit
+    from ccxt.pro import bybit  # type: ignore[import-untyped]
 
-    class RawBybit(bybit):  # type: ignore[misc]
+    class RawBybit(bybit):
         "Bybit's sockets, with messages as they come."
 
         def milliseconds(self) -> int:
@@ -249,11 +249,12 @@ class Feed:
         for message in early:
             self._listener.hear(message)
         while True:
+            self._drain(inbox, silence)
             if self._listener.is_doubtful:
                 await asyncio.sleep(_PAUSE_SECONDS)
                 self._drain(inbox, silence)
                 await self._ask()
-            self._drain(inbox, silence)
+                continue
             try:
                 self._take(await asyncio.wait_for(inbox.get(), silence.left()), silence)
             except TimeoutError:
