@@ -39,7 +39,7 @@ LAYERS = (
     ("optimizer",),
     ("runs",),
     ("ops",),
-    (("console options cli_data cli_config cli_runs cli_state cli_launch cli_live cli_status cli_lookahead cli_resume "
+    (("console options cli_data cli_config cli_runs cli_state cli_launch cli_live cli_status cli_lookahead cli_resume cli_stream "
      "baseline rehearsal proof cli"),),
 )
 

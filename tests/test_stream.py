@@ -7,8 +7,11 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 from venues import HOUR, line_to, simulated
 
+from xsmom_nb.cli import app
+from xsmom_nb.clock import format_utc
 from xsmom_nb.errors import DataError
 from xsmom_nb.exchange import stream
 from xsmom_nb.exchange.bybit import BybitExchange, set_up
@@ -356,3 +359,37 @@ def test_what_the_exchange_refuses_ends_the_feed(desk):
         run(desk, [((lambda client: public_channel(client, {"kline.7.BTCUSDT": 60.0})), desk.keeper())], never)
     with pytest.raises(DataError, match="Authentication"):
         run(desk, [account_of(desk.view())], never, secret="wrong")
+
+
+# ── From outside ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def streamed(desk, folder, *options):
+    "`xsmom stream` from the simulator."
+    address = f"exchange.mode_urls.simulator={json.dumps(desk.url)}"
+    start = format_utc(int(desk.panel.open_time_ms[FIRST - 10]))
+    return CliRunner().invoke(app, ["stream", "--config", "defaults", "--set", 'live.mode="simulator"', "--set", address,
+                                    "--data", str(folder), "--dataset", "streamed", "--start", start, *options])
+
+
+def test_the_command_keeps_a_store_current(desk, tmp_path):
+    desk.simulator.pace.change("running", 3600.0)  # an hour a second
+    done = streamed(desk, tmp_path, "--symbol", "BTCUSDT", "--symbol", "ETHUSDT", "--bars", "2", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert (told["symbols"], told["streamed"] >= 4, told["repaired"] >= 20) == (2, True, True)
+    count = len(desk.store.read_bars("BTCUSDT", "1h")) - 11
+    assert count >= 2
+    assert_stored(desk, count)
+    before = {symbol: len(desk.store.read_bars(symbol, "1h")) for symbol in SYMBOLS}
+    again = streamed(desk, tmp_path, "--bars", "1")  # the symbols of the store; what came meanwhile is asked for
+    assert again.exit_code == 0, again.output
+    assert all(len(desk.store.read_bars(symbol, "1h")) > before[symbol] for symbol in SYMBOLS)
+
+
+def test_the_command_refuses_an_address_elsewhere_and_a_topic_that_is_none(desk, tmp_path):
+    address = f"exchange.mode_urls.live={json.dumps(desk.url)}"
+    elsewhere = CliRunner().invoke(app, ["stream", "--config", "defaults", "--set", 'live.mode="live"', "--set", address,
+                                         "--data", str(tmp_path), "--symbol", "BTCUSDT"])
+    assert elsewhere.exit_code == 3
+    unknown = streamed(desk, tmp_path, "--symbol", "NOPEUSDT", "--bars", "1")
+    assert unknown.exit_code == 1
+    assert "NOPEUSDT" in unknown.output
