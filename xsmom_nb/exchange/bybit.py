@@ -34,8 +34,8 @@ from xsmom_nb.ports import (
 
 # %% auto #0
 __all__ = ['Row', 'Found', 'text_of', 'decimal_of', 'whole_of', 'read_instrument', 'read_ticker', 'read_order',
-           'is_position_stop', 'read_fill', 'read_transaction', 'read_position', 'paged', 'rows_of', 'weekly',
-           'bars_between', 'rates_between', 'instrument_rows', 'BybitMarket', 'BybitExchange', 'set_up']
+           'is_position_stop', 'read_fill', 'read_transaction', 'read_position', 'read_account', 'paged', 'rows_of',
+           'weekly', 'bars_between', 'rates_between', 'instrument_rows', 'BybitMarket', 'BybitExchange', 'set_up']
 
 # %% ../../nbs/exchange/21_bybit.ipynb #0ffa8f4f
 Row = dict[str, Any]
@@ -165,6 +165,14 @@ def read_position(
     return Position(text_of(row, "symbol"), size if side == "Buy" else -size, decimal_of(row, "avgPrice"), decimal_of(row,
                                                                                                                       "markPrice"),
                     stop or None)
+
+# %% ../../nbs/exchange/21_bybit.ipynb #7e47c188
+def read_account(
+    row: Row,  # of wallet-balance, or the topic `wallet`
+) -> Account:
+    "What the unified account is worth."
+    return Account(decimal_of(row, "totalEquity"), decimal_of(row, "totalWalletBalance"),
+                   max(decimal_of(row, "totalAvailableBalance"), Decimal(0)))
 
 # %% ../../nbs/exchange/21_bybit.ipynb #d0c91e0b
 _MOST_PAGES = 1000
@@ -347,8 +355,7 @@ class BybitExchange(BybitMarket):
         rows = rows_of(self.line.read("account/wallet-balance", signed=True, accountType="UNIFIED"), "account/wallet-balance")
         if not rows:
             raise TransientError("account/wallet-balance: an empty list; expected the unified account")
-        return Account(decimal_of(rows[0], "totalEquity"), decimal_of(rows[0], "totalWalletBalance"),
-                       max(decimal_of(rows[0], "totalAvailableBalance"), Decimal(0)))
+        return read_account(rows[0])
 
     def fetch_positions(self) -> Sequence[Position]:
         "All positions that are not flat, ascending by symbol."

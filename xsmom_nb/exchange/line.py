@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Kind', 'SIMULATOR_URL', 'addresses', 'require_addresses', 'strict_client', 'code_of', 'outcome_of', 'read_error',
-           'RequestPace', 'Line', 'open_line']
+           'RequestPace', 'Line', 'line_settings', 'in_mode', 'open_line']
 
 # %% ../../nbs/exchange/20_line.ipynb #38187161
 _HERE = ("127.0.0.1", "::1", "localhost")
@@ -215,12 +215,11 @@ def _method(verb: str, path: str, signed: bool) -> str:
 SIMULATOR_URL = "http://127.0.0.1:18555"  # where `xsmom exchange simulate` listens unless told otherwise
 
 
-def open_line(
+def line_settings(
     config: Config,  # `live.mode`, `exchange`
-    clock: Clock,
     secrets: Secrets | None = None,  # None: public data alone
-) -> Line:
-    "The line of a mode; raises `ConfigError`, `RefusedError`."
+) -> tuple[dict[str, Any], str | None]:  # of ccxt; the address of our own choice, None: the exchange's
+    "What every client of a mode is made with; raises `ConfigError`."
     mode, urls = config.live.mode, config.exchange.mode_urls
     settings: dict[str, Any] = {"timeout": int(config.exchange.timeout_seconds * 1000),
                                 "options": {"recvWindow": config.exchange.recv_window_ms, "maxRetriesOnFailure": 0}}
@@ -232,10 +231,28 @@ def open_line(
     own = getattr(urls, mode, None) or (SIMULATOR_URL if mode == "simulator" else None)
     if own:
         settings["urls"] = {"api": dict.fromkeys(("spot", "futures", "v2", "public", "private"), own)}
-    client = strict_client(clock, **settings)
+    return settings, own
+
+
+def in_mode(
+    client: Any,  # of ccxt
+    mode: str,  # `live.mode`
+    own: str | None,  # the address of our own choice
+) -> Any:  # the same client
+    "Turn a client to the addresses of its mode; raises `RefusedError` for one on the wrong side."
     if mode == "testnet" and not own:
         client.set_sandbox_mode(True)
     elif mode == "demo" and not own:
         client.enable_demo_trading(True)
     require_addresses(client.urls["api"], is_simulator=mode == "simulator")
-    return Line(client)
+    return client
+
+
+def open_line(
+    config: Config,  # `live.mode`, `exchange`
+    clock: Clock,
+    secrets: Secrets | None = None,  # None: public data alone
+) -> Line:
+    "The line of a mode; raises `ConfigError`, `RefusedError`."
+    settings, own = line_settings(config, secrets)
+    return Line(in_mode(strict_client(clock, **settings), config.live.mode, own))
