@@ -85,16 +85,6 @@ class AccountFacts:
         self.is_doubtful = True
 
     @property
-    def account(self) -> Account | None:
-        "Equity and margin; None before the first answer."
-        return self._account.value if self._account else None
-
-    @property
-    def positions(self) -> dict[str, Position]:
-        "What is held, by symbol."
-        return {symbol: known.value for symbol, known in sorted(self._positions.items()) if known.value}
-
-    @property
     def open_orders(self) -> list[Order]:
         "Orders that may still fill, ascending by creation."
         found = [known.value for known in self.orders.values() if known.value.is_open]
@@ -149,6 +139,16 @@ def _held(position: Position | None) -> tuple[object, ...] | None:
 # %% ../../nbs/exchange/22_view.ipynb #5637d031
 class AccountView(AccountFacts):
     "One account, as messages and answers tell it; a `Listener`."
+
+    @property
+    def account(self) -> Account | None:
+        "Equity and margin; None before the first answer."
+        return self._account.value if self._account else None
+
+    @property
+    def positions(self) -> dict[str, Position]:
+        "What is held, by symbol."
+        return {symbol: known.value for symbol, known in sorted(self._positions.items()) if known.value}
 
     def resync(self) -> list[str]:
         "Ask the exchange, and learn what no message told; raises `TransientError`."
