@@ -64,9 +64,9 @@ class _ExchangeClock:
     def now_ms(self) -> int:
         return patiently(self._port.fetch_time_ms)
 
-
-class BarKeeper:
-    "Keeps a store current; a `Listener`."
+# %% ../../nbs/exchange/22c_keeper.ipynb #28ef9d88
+class _Kept:
+    "The state of a keeper."
 
     def __init__(
         self,
@@ -105,6 +105,10 @@ class BarKeeper:
     def begin(self) -> None:
         "A new connection: bars may have been lost before it."
         self._due = set(self.symbols)
+
+# %% ../../nbs/exchange/22c_keeper.ipynb #04958854
+class _Hearing(_Kept):
+    "A keeper that hears."
 
     def hear(self, message: Any) -> None:
         "Take a message; raises `TransientError` for one that cannot be read."
@@ -146,6 +150,10 @@ class BarKeeper:
         if hour > self._hour and time_ms % _HOUR_MS >= _MINUTE_MS:
             self._due |= set(self.symbols) if self._hour else set()  # a connection that has just begun asks anyhow
             self._hour = hour
+
+# %% ../../nbs/exchange/22c_keeper.ipynb #6da53bfc
+class BarKeeper(_Hearing):
+    "Keeps a store current; a `Listener`."
 
     def resync(self) -> list[str]:
         "Fill what is missing; the bars that no message told. Raises `TransientError`."

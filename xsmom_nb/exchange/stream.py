@@ -176,8 +176,8 @@ _ANSWER_SECONDS = 10.0  # for a log-in or a subscription
 _PAUSE_SECONDS = 0.2  # before the first new connection, and before a doubt is cleared up: what belongs together arrives together
 
 
-class Feed:
-    "A channel, kept alive."
+class _Line:
+    "What a connection begins and ends with."
 
     def __init__(
         self,
@@ -191,46 +191,6 @@ class Feed:
         self._asking = asking or asyncio.Lock()
         self._failures = self.connections = 0
 
-    async def run(self) -> None:
-        "Listen for ever; raises `DataError` for a refusal."
-        import ccxt
-
-        while True:
-            try:
-                await self._connected()
-            except TransientError as error:
-                why: Exception = error
-            except TimeoutError:
-                why = TransientError(f"no answer in {_ANSWER_SECONDS:g} s")
-            except ccxt.BaseError as error:
-                why = read_error(error, "stream")
-                if not isinstance(why, TransientError):
-                    raise why from error
-            self._said(f"{self._channel.url}: {why}; connecting again")
-            await asyncio.sleep(min(_PAUSE_SECONDS * 2**self._failures, 30.0))
-            self._failures = min(self._failures + 1, 10)
-
-    async def _connected(self) -> None:
-        "One connection, until it ends with an error."
-        client, url = self._client, self._channel.url
-        inbox: asyncio.Queue[Any] = asyncio.Queue()
-        client.inboxes[url] = inbox
-        life: asyncio.Future[Any] | None = None
-        try:
-            if self._channel.is_private:
-                await asyncio.wait_for(client.authenticate(url), _ANSWER_SECONDS)
-            life = asyncio.ensure_future(client.watch_topics(url, ["life"], list(self._channel.limits)))
-            life.add_done_callback(inbox.put_nowait)
-            early = await asyncio.wait_for(self._until_acknowledged(inbox), _ANSWER_SECONDS)
-            self._listener.begin()
-            self.connections += 1
-            missed = await self._ask()
-            self._said(f"{url}: connection {self.connections}, {len(self._channel.limits)} topics, {len(missed)} news by REST")
-            self._failures = 0
-            await self._listen(inbox, early)
-        finally:
-            await self._hang_up(life)
-
     async def _until_acknowledged(self, inbox: asyncio.Queue[Any]) -> list[Any]:
         "Messages that came before the acknowledgement."
         early = list[Any]()
@@ -242,6 +202,28 @@ class Feed:
                 return early
             else:
                 early.append(item)
+
+    async def _ask(self) -> Sequence[str]:
+        async with self._asking:
+            return await asyncio.to_thread(patiently, self._listener.resync, attempts=4)
+
+    async def _hang_up(self, life: asyncio.Future[Any] | None) -> None:
+        "Leave nothing of a connection behind."
+        import ccxt
+
+        client = self._client.clients.pop(self._channel.url, None)
+        self._client.inboxes.pop(self._channel.url, None)
+        if client is not None:
+            client.reset(ccxt.NetworkError("hung up"))
+            await client.aiohttp_close()
+        if life is not None:
+            await asyncio.wait([life])
+            if not life.cancelled():
+                life.exception()  # was told already, or is our own
+
+# %% ../../nbs/exchange/22b_stream.ipynb #f78db4e7
+class _Ear(_Line):
+    "A connection while it lives."
 
     async def _listen(self, inbox: asyncio.Queue[Any], early: list[Any]) -> None:
         "Hand messages on, clear up doubts, and watch the clock."
@@ -283,23 +265,49 @@ class Feed:
         if stale:
             silence.restart()
 
-    async def _ask(self) -> Sequence[str]:
-        async with self._asking:
-            return await asyncio.to_thread(patiently, self._listener.resync, attempts=4)
+# %% ../../nbs/exchange/22b_stream.ipynb #317e427a
+class Feed(_Ear):
+    "A channel, kept alive."
 
-    async def _hang_up(self, life: asyncio.Future[Any] | None) -> None:
-        "Leave nothing of a connection behind."
+    async def run(self) -> None:
+        "Listen for ever; raises `DataError` for a refusal."
         import ccxt
 
-        client = self._client.clients.pop(self._channel.url, None)
-        self._client.inboxes.pop(self._channel.url, None)
-        if client is not None:
-            client.reset(ccxt.NetworkError("hung up"))
-            await client.aiohttp_close()
-        if life is not None:
-            await asyncio.wait([life])
-            if not life.cancelled():
-                life.exception()  # was told already, or is our own
+        while True:
+            try:
+                await self._connected()
+            except TransientError as error:
+                why: Exception = error
+            except TimeoutError:
+                why = TransientError(f"no answer in {_ANSWER_SECONDS:g} s")
+            except ccxt.BaseError as error:
+                why = read_error(error, "stream")
+                if not isinstance(why, TransientError):
+                    raise why from error
+            self._said(f"{self._channel.url}: {why}; connecting again")
+            await asyncio.sleep(min(_PAUSE_SECONDS * 2**self._failures, 30.0))
+            self._failures = min(self._failures + 1, 10)
+
+    async def _connected(self) -> None:
+        "One connection, until it ends with an error."
+        client, url = self._client, self._channel.url
+        inbox: asyncio.Queue[Any] = asyncio.Queue()
+        client.inboxes[url] = inbox
+        life: asyncio.Future[Any] | None = None
+        try:
+            if self._channel.is_private:
+                await asyncio.wait_for(client.authenticate(url), _ANSWER_SECONDS)
+            life = asyncio.ensure_future(client.watch_topics(url, ["life"], list(self._channel.limits)))
+            life.add_done_callback(inbox.put_nowait)
+            early = await asyncio.wait_for(self._until_acknowledged(inbox), _ANSWER_SECONDS)
+            self._listener.begin()
+            self.connections += 1
+            missed = await self._ask()
+            self._said(f"{url}: connection {self.connections}, {len(self._channel.limits)} topics, {len(missed)} news by REST")
+            self._failures = 0
+            await self._listen(inbox, early)
+        finally:
+            await self._hang_up(life)
 
 # %% ../../nbs/exchange/22b_stream.ipynb #b9326374
 async def follow(

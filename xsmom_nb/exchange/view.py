@@ -24,7 +24,7 @@ from xsmom_nb.exchange.bybit import (
 from ..ports import Account, ExchangePort, Fill, Order, Position, Ticker, TransientError
 
 # %% auto #0
-__all__ = ['Fact', 'Stamp', 'Known', 'newer', 'order_stamp', 'rows_told', 'AccountView', 'Quotes']
+__all__ = ['Fact', 'Stamp', 'Known', 'newer', 'order_stamp', 'rows_told', 'AccountFacts', 'AccountView', 'Quotes']
 
 # %% ../../nbs/exchange/22_view.ipynb #bf113ed6
 Fact = TypeVar("Fact")
@@ -68,8 +68,8 @@ def rows_told(
 _OVERLAP_MS = 60_000
 
 
-class AccountView:
-    "One account, as messages and answers tell it."
+class AccountFacts:
+    "One account, as messages tell it."
 
     def __init__(
         self,
@@ -83,16 +83,6 @@ class AccountView:
         self._positions: dict[str, Known[Position | None]] = {}  # by symbol; None: flat
         self._account: Known[Account] | None = None
         self.is_doubtful = True
-
-    @property
-    def account(self) -> Account | None:
-        "Equity and margin; None before the first answer."
-        return self._account.value if self._account else None
-
-    @property
-    def positions(self) -> dict[str, Position]:
-        "What is held, by symbol."
-        return {symbol: known.value for symbol, known in sorted(self._positions.items()) if known.value}
 
     @property
     def open_orders(self) -> list[Order]:
@@ -141,6 +131,25 @@ class AccountView:
         self._positions[symbol] = known
         self.is_doubtful |= doubt and before is not None and _held(before.value) != _held(position)
 
+
+def _held(position: Position | None) -> tuple[object, ...] | None:
+    "What of a position changes by orders alone."
+    return (position.quantity, position.average_price, position.stop_price) if position else None
+
+# %% ../../nbs/exchange/22_view.ipynb #5637d031
+class AccountView(AccountFacts):
+    "One account, as messages and answers tell it; a `Listener`."
+
+    @property
+    def account(self) -> Account | None:
+        "Equity and margin; None before the first answer."
+        return self._account.value if self._account else None
+
+    @property
+    def positions(self) -> dict[str, Position]:
+        "What is held, by symbol."
+        return {symbol: known.value for symbol, known in sorted(self._positions.items()) if known.value}
+
     def resync(self) -> list[str]:
         "Ask the exchange, and learn what no message told; raises `TransientError`."
         asked_ms, news = self._port.fetch_time_ms(), list[str]()
@@ -166,11 +175,6 @@ class AccountView:
             self._positions[symbol] = Known(now_held.get(symbol), (asked_ms,))
         self._account = Known(account, (asked_ms,))
         return news
-
-
-def _held(position: Position | None) -> tuple[object, ...] | None:
-    "What of a position changes by orders alone."
-    return (position.quantity, position.average_price, position.stop_price) if position else None
 
 # %% ../../nbs/exchange/22_view.ipynb #8cabe87d
 class Quotes:
