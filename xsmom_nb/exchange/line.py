@@ -214,6 +214,7 @@ def open_line(
     config: Config,  # `live.mode`, `exchange`
     clock: Clock,
     secrets: Secrets | None = None,  # None: public data alone
+    pace: RequestPace | None = None,  # shared with other lines of this machine, whose requests count together; None: its own
 ) -> Line:
     "The line of a mode; raises `ConfigError`, `RefusedError`."
     mode, urls = config.live.mode, config.exchange.mode_urls
@@ -233,4 +234,4 @@ def open_line(
     elif mode == "demo" and not own:
         client.enable_demo_trading(True)
     require_addresses(client.urls["api"], is_simulator=mode == "simulator")
-    return Line(client)
+    return Line(client, pace)
