@@ -110,7 +110,7 @@ def told(fills: list[Fill]) -> list[tuple[Any, ...]]:
 
 def test_six_hours_are_the_same_on_the_simulator(real_store):
     panel = real_store.panel("1h", end_ms=parse_utc(LAST) + 2 * HOUR)
-    paper, simulator = compared(panel.select(panel.symbols[:14]), 6)
+    paper, simulator = compared(panel.select(panel.symbols[:8]), 6)
     assert sum(map(len, paper.wanted)) > 5
     assert len(simulator.fills) > 3
 

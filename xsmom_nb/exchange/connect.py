@@ -15,7 +15,7 @@ from ..config import Config
 from ..credentials import Secrets, load_secrets
 from .bybit import BybitExchange, BybitMarket, set_up
 from .launch import SIMULATOR_KEY, SIMULATOR_SECRET
-from .line import Line, open_line
+from .line import Line, RequestPace, open_line
 from ..market.sync import patiently
 
 # %% auto #0
@@ -27,7 +27,7 @@ class ExchangeClock:
 
     def __init__(
         self,
-        market: BybitMarket,  # on a line of its own, so that asking the time takes nothing from other requests
+        market: BybitMarket,  # on a line that needs no clock
     ) -> None:
         self._market = market
 
@@ -62,9 +62,10 @@ def keys_for(
 # %% ../../nbs/exchange/23_connect.ipynb #1a8d4009
 def connect_market(
     config: Config,  # `live.mode`, `exchange`
+    pace: RequestPace | None = None,  # shared with other lines; None: its own
 ) -> tuple[BybitMarket, Clock]:  # and the time that holds there
     "Public data of the exchange that a config means; raises `RefusedError` for an address on the wrong side."
-    market = BybitMarket(open_line(config, SystemClock()), config.exchange.quote)
+    market = BybitMarket(open_line(config, SystemClock(), pace=pace), config.exchange.quote)
     return market, ExchangeClock(market) if config.live.mode == "simulator" else SystemClock()
 
 # %% ../../nbs/exchange/23_connect.ipynb #60eae100
@@ -73,8 +74,9 @@ def connect(
     secrets: Secrets | None = None,  # None: from the environment or `.env`
 ) -> tuple[BybitExchange, Clock]:  # and the time that holds there
     "An account, ready to trade; raises `ConfigError`, `RefusedError`, `DataError`, `TransientError`."
-    _, clock = connect_market(config)
-    line: Line = open_line(config, clock, keys_for(config, secrets))
+    pace = RequestPace()  # the exchange counts what comes from one address, whoever asks
+    _, clock = connect_market(config, pace)
+    line: Line = open_line(config, clock, keys_for(config, secrets), pace)
     port = BybitExchange(line, config.exchange.quote)
     trading = [each.symbol for each in patiently(port.fetch_instruments) if each.is_trading]
     set_up(line, trading, config.execution.leverage, config.exchange.quote)

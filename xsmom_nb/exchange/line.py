@@ -252,7 +252,8 @@ def open_line(
     config: Config,  # `live.mode`, `exchange`
     clock: Clock,
     secrets: Secrets | None = None,  # None: public data alone
+    pace: RequestPace | None = None,  # shared with other lines of this machine, whose requests count together; None: its own
 ) -> Line:
     "The line of a mode; raises `ConfigError`, `RefusedError`."
     settings, own = line_settings(config, secrets)
-    return Line(in_mode(strict_client(clock, **settings), config.live.mode, own))
+    return Line(in_mode(strict_client(clock, **settings), config.live.mode, own), pace)
