@@ -15,7 +15,7 @@ from .view import rows_told
 from ..market.panel import times_ms
 from ..market.store import Store
 from ..market.sync import bars_frame, patiently, sift, sync_symbol
-from ..ports import Bar, MarketDataPort, TransientError
+from ..ports import Bar, MarketDataPort
 
 # %% auto #0
 __all__ = ['INTERVAL_NAMES', 'kline_topic', 'read_kline', 'BarSource', 'BarKeeper']

@@ -58,9 +58,11 @@ def gather(
     deadline_ms = clock.now_ms() + config.live.bar_wait_seconds * 1000
     instruments, positions = tuple(ask(port.fetch_instruments)), tuple(ask(port.fetch_positions))
     symbols = {each.symbol for each in instruments if each.is_trading} | {each.symbol for each in positions}
+    looks = int(config.live.bar_wait_seconds / WAIT_SECONDS)  # also where the exchange's clock stands
     while late := late_symbols(panel := history.panel(sorted(symbols), row_ms), instruments):
-        if clock.now_ms() + WAIT_SECONDS * 1000 > deadline_ms:
+        if looks <= 0 or clock.now_ms() + WAIT_SECONDS * 1000 > deadline_ms:
             break
+        looks -= 1
         wait(WAIT_SECONDS)
     snapshot = Snapshot(
         panel=panel, instruments=instruments, tickers=tuple(ask(port.fetch_tickers)),
