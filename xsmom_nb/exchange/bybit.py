@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal, InvalidOperation
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from ..clock import timeframe_ms
 from ..errors import DataError
 from .line import Line
+from ..market.sync import patiently
 from xsmom_nb.ports import (
     Account,
     Bar,
@@ -35,7 +36,8 @@ from xsmom_nb.ports import (
 # %% auto #0
 __all__ = ['Row', 'Found', 'text_of', 'decimal_of', 'whole_of', 'read_instrument', 'read_ticker', 'read_order',
            'is_position_stop', 'read_fill', 'read_transaction', 'read_position', 'read_account', 'paged', 'rows_of',
-           'weekly', 'bars_between', 'rates_between', 'instrument_rows', 'BybitMarket', 'BybitExchange', 'set_up']
+           'weekly', 'bars_between', 'rates_between', 'instrument_rows', 'BybitMarket', 'BybitExchange', 'TimeSource',
+           'ExchangeClock', 'set_up']
 
 # %% ../../nbs/exchange/21_bybit.ipynb #0ffa8f4f
 Row = dict[str, Any]
@@ -415,6 +417,28 @@ class BybitExchange(BybitMarket):
 
     def _stop_of(self, symbol: str) -> Decimal | None:
         return next((each.stop_price for each in self.fetch_positions() if each.symbol == symbol), None)
+
+# %% ../../nbs/exchange/21_bybit.ipynb #a0b39d6a
+class TimeSource(Protocol):
+    "Something that knows what the exchange's clock shows."
+
+    def fetch_time_ms(self) -> int:
+        "The exchange's clock, UTC ms."
+        ...
+
+
+class ExchangeClock:
+    "The time that an exchange shows; a `Clock`."
+
+    def __init__(
+        self,
+        market: TimeSource,  # on a line that needs no clock
+    ) -> None:
+        self._market = market
+
+    def now_ms(self) -> int:
+        "UTC milliseconds since 1970; raises `TransientError` when the exchange does not answer."
+        return patiently(self._market.fetch_time_ms, attempts=3, first_pause_seconds=0.1)
 
 # %% ../../nbs/exchange/21_bybit.ipynb #6e33f017
 _SET_ALREADY = ("110043", "110025")

@@ -13,27 +13,13 @@ from pydantic import SecretStr
 from ..clock import Clock, SystemClock
 from ..config import Config
 from ..credentials import Secrets, load_secrets
-from .bybit import BybitExchange, BybitMarket, set_up
+from .bybit import BybitExchange, BybitMarket, ExchangeClock, set_up
 from .launch import SIMULATOR_KEY, SIMULATOR_SECRET
 from .line import Line, RequestPace, open_line
 from ..market.sync import patiently
 
 # %% auto #0
-__all__ = ['ExchangeClock', 'wait_on', 'keys_for', 'connect_market', 'connect']
-
-# %% ../../nbs/exchange/23_connect.ipynb #8cf1e205
-class ExchangeClock:
-    "The time that an exchange shows; a `Clock`."
-
-    def __init__(
-        self,
-        market: BybitMarket,  # on a line that needs no clock
-    ) -> None:
-        self._market = market
-
-    def now_ms(self) -> int:
-        "UTC milliseconds since 1970; raises `TransientError` when the exchange does not answer."
-        return patiently(self._market.fetch_time_ms, attempts=3, first_pause_seconds=0.1)
+__all__ = ['wait_on', 'keys_for', 'connect_market', 'connect']
 
 # %% ../../nbs/exchange/23_connect.ipynb #a3eaeb44
 def wait_on(

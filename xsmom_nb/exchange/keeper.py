@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from ..clock import timeframe_ms
 from ..errors import DataError
-from .bybit import Row, decimal_of, whole_of
+from .bybit import ExchangeClock, Row, TimeSource, decimal_of, whole_of
 from .view import rows_told
 from ..market.panel import times_ms
 from ..market.store import Store
-from ..market.sync import bars_frame, patiently, sift, sync_symbol
+from ..market.sync import bars_frame, sift, sync_symbol
 from ..ports import Bar, MarketDataPort
 
 # %% auto #0
@@ -47,22 +47,8 @@ _LONGEST_FUNDING_MS = 8 * _HOUR_MS
 _REMEMBERED = 48  # bars of a symbol that are compared when they come again
 
 
-class BarSource(MarketDataPort, Protocol):
+class BarSource(MarketDataPort, TimeSource, Protocol):
     "Public data of an exchange that knows the time."
-
-    def fetch_time_ms(self) -> int:
-        "The exchange's clock, UTC ms."
-        ...
-
-
-class _ExchangeClock:
-    "The exchange's clock, asked each time."
-
-    def __init__(self, port: BarSource) -> None:
-        self._port = port
-
-    def now_ms(self) -> int:
-        return patiently(self._port.fetch_time_ms)
 
 # %% ../../nbs/exchange/22c_keeper.ipynb #28ef9d88
 class _Kept:
@@ -79,7 +65,7 @@ class _Kept:
         said: Callable[[str], None] = lambda line: None,  # is told what an operator would want to know
     ) -> None:
         self._port, self._store, self._timeframe, self._start_ms = port, store, timeframe, start_ms
-        self._clock, self._on_bar, self._said = _ExchangeClock(port), on_bar, said
+        self._clock, self._on_bar, self._said = ExchangeClock(port), on_bar, said
         self.symbols = tuple(symbols)
         self._topics = {kline_topic(symbol, timeframe): symbol for symbol in symbols}
         self._bars: dict[str, dict[int, Bar]] = {symbol: {} for symbol in symbols}  # heard, the newest
