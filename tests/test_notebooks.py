@@ -8,7 +8,10 @@ bounds is an error instead of a wrong number, the assertions say whether compile
 compiled), and the coverage table sees inside.
 """
 
+import ast
+import asyncio
 import importlib
+import inspect
 import os
 import sys
 
@@ -35,6 +38,13 @@ def chapters() -> list:
     return [pytest.param(claims[module][0], f"{house.PACKAGE}.{module}", id=module) for module in chosen]
 
 
+def run_cell(source: str, place: str, namespace: dict) -> None:
+    "Execute a cell; one that awaits something, as a notebook allows, in an event loop of its own."
+    code = compile(source, place, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    if inspect.iscoroutine(awaiting := eval(code, namespace)):
+        asyncio.run(awaiting)
+
+
 @pytest.mark.filterwarnings("default")  # as in a notebook, whose scratch folders are cleaned up when they are forgotten
 @pytest.mark.parametrize(("notebook", "module"), chapters())
 def test_package_passes_its_notebook(notebook, module, root, monkeypatch):
@@ -44,5 +54,5 @@ def test_package_passes_its_notebook(notebook, module, root, monkeypatch):
     namespace = {**vars(made), "__name__": "__main__"}
     for number, source in house.code_cells(root / notebook):
         if not house.is_exported(source) and "#| eval: false" not in source:
-            exec(compile(source, f"{notebook}, cell {number}", "exec", dont_inherit=True), namespace)
+            run_cell(source, f"{notebook}, cell {number}", namespace)
     plt.close("all")
