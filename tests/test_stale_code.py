@@ -8,14 +8,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "xsmom_nb"
 SCRIPT = """
-from xsmom_nb.config import Config
-from xsmom_nb.market.synthetic import synthetic_panel
-from xsmom_nb.strategy.core import core_weights
-print(repr(float(abs(core_weights(synthetic_panel(seed=1, bars=600, symbols=8), Config())).sum())))
+import numpy as np
+from xsmom_nb.strategy.sizing import book_volatility
+returns = np.random.default_rng(1).normal(size=(4, 60))
+print(repr(float(book_volatility(np.arange(4), np.full(4, 0.25), returns, 59, np.zeros(40)))))
 """
 
 
-def gross_of_all_bars(folder: Path) -> float:
+def volatility_of_a_book(folder: Path) -> float:
     "Run the copy of the package in `folder`, with its cache beside it."
     own = {"PYTHONPATH": str(folder), "XSMOM_CACHE_DIR": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
@@ -24,22 +24,22 @@ def gross_of_all_bars(folder: Path) -> float:
     return float(done.stdout)
 
 
-def test_an_edited_stage_changes_the_weights_although_no_file_time_changed(tmp_path):
+def test_an_edited_stage_changes_what_calls_it_although_no_file_time_changed(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "xsmom_nb", ignore=shutil.ignore_patterns("__pycache__"))
-    before = gross_of_all_bars(tmp_path)
-    assert gross_of_all_bars(tmp_path) == before
+    before = volatility_of_a_book(tmp_path)
+    assert volatility_of_a_book(tmp_path) == before
     caches = [folder for folder in (tmp_path / "cache").iterdir() if any(folder.rglob("*.nbi"))]
     assert len(caches) == 1, "the first run must leave compiled code behind"
 
-    stage = tmp_path / "xsmom_nb" / "strategy" / "momentum.py"
+    stage = tmp_path / "xsmom_nb" / "strategy" / "sums.py"
     source, times = stage.read_text(), stage.stat()
-    edited = source.replace("np.abs(z) ** signal_power", "np.abs(z) ** 9.99999999999", 1)
+    edited = source.replace("aa + p * p", "aa + p * p * p * p")
     assert edited != source
     stage.write_text(edited)
     os.utime(stage, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert stage.stat().st_mtime_ns == times.st_mtime_ns
 
-    assert gross_of_all_bars(tmp_path) != before
+    assert volatility_of_a_book(tmp_path) != before
     stage.write_text(source)
     os.utime(stage, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert gross_of_all_bars(tmp_path) == before
+    assert volatility_of_a_book(tmp_path) == before
