@@ -20,6 +20,7 @@ from xsmom_nb.exchange.engine import (
     apply,
     as_condition,
     follow,
+    keep_order,
     leverage_of,
     marked_books,
     settle_stops,
@@ -105,7 +106,7 @@ def switch_mode(
     for slot, holding in account.books.holdings.items():
         if symbol_of(slot) in symbols and holding.quantity:
             return Reply.refused("110024 You have an existing position, so the position mode cannot be switched")
-    if any(each.is_open and each.order.symbol in symbols for each in account.orders.values()):
+    if any(each.order.symbol in symbols for each in account.waiting.values()):
         return Reply.refused("110028 You have existing open orders, so the position mode cannot be switched")
     account.hedged.difference_update(symbols)
     account.hedged.update(symbols if hedge else ())
@@ -151,7 +152,7 @@ def place(
     instrument, ticker, depth = met(account.market, request, account.config, now_ms)
     known = request.link_id in account.links
     reason = refusal(request, instrument, ticker, marked_books(account), known, leverage_of(account))
-    waiting = [each for each in account.orders.values() if each.is_open and each.order.symbol == wanted.symbol]
+    waiting = [each for each in account.waiting.values() if each.order.symbol == wanted.symbol]
     if not reason and len(waiting) >= MAX_OPEN_ORDERS:
         reason = f"110020 Not allowed to have more than {MAX_OPEN_ORDERS} active orders"
     if reason or not (instrument and ticker and depth):
@@ -161,7 +162,7 @@ def place(
         return _lay_aside(account, order, request)
     account.links[request.link_id] = name
     account.names[f"paper-{account.books.accepted + 1}"] = name
-    account.orders[name] = order
+    keep_order(account, order)
     apply(account, accepted(account.books, request, depth, instrument, account.venue, now_ms, ticker.mark), now_ms)
     return Reply(order_id=name, link_id=wanted.terms.link_id)
 
@@ -244,11 +245,11 @@ def cancel_all(
 ) -> list[VenueOrder]:  # that were cancelled
     "Cancel whatever is open."
     now_ms = follow(account)
-    found = [each for each in account.orders.values() if each.is_open and symbol in (None, each.order.symbol)]
+    found = [each for each in account.waiting.values() if symbol in (None, each.order.symbol)]
     if kinds != "all":
         found = [each for each in found if (each.status == "Untriggered") == (kinds == "stops")]
     for each in found:
-        if account.orders[each.order.order_id].is_open:  # it may have gone with another
+        if each.order.order_id in account.waiting:  # it may have gone with another
             _end(account, each, now_ms)
     return found
 

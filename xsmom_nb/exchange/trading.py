@@ -253,9 +253,8 @@ class _OrderLists(_Counter):
 
     def open_orders(self, query: Json, now_ms: int) -> Sequence[Json]:
         "Open orders; by name also those that have ended."
-        orders = self.at(now_ms).orders.values()
-        by_name = query.get("orderId") or query.get("orderLinkId")
-        return self._orders([each for each in orders if by_name or each.is_open], query, "createdTime")
+        account, by_name = self.at(now_ms), query.get("orderId") or query.get("orderLinkId")
+        return self._orders((account.orders if by_name else account.waiting).values(), query, "createdTime")
 
     def order_history(self, query: Json, now_ms: int) -> Sequence[Json]:
         "Orders that have ended."
