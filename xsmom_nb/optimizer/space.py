@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 __all__ = ['OFF_SHARE', 'Value', 'LOOKBACK_FACTORS', 'LADDER_SHARE', 'WEIGHTINGS', 'INTERVALS', 'SPACE', 'Parameter', 'accepts',
            'is_within', 'value_at_unit', 'chosen', 'idle_parameters', 'lookback_family', 'decaying_weights',
            'settings_at', 'config_at', 'at_unit', 'draw', 'longest_warmup_bars', 'readings', 'outside', 'point_of',
-           'nearest_value', 'nearest_point', 'suggest', 'trial_parameters', 'trial_distributions', 'changed_parameters']
+           'nearest_value', 'nearest_point', 'distributions', 'trial_parameters', 'point_of_trial',
+           'changed_parameters']
 
 # %% ../../nbs/optimizer/01_space.ipynb #77e346fc
 OFF_SHARE = 0.25  # of the unit interval, where a parameter may be 0
@@ -342,56 +343,41 @@ def nearest_point(
     return {parameter.name: nearest_value(parameter, values[parameter.name]) for parameter in chosen(names)}
 
 # %% ../../nbs/optimizer/01_space.ipynb #d215e89e
-def suggest(
-    trial: optuna.trial.BaseTrial,
+def _line_end(parameter: Parameter) -> float:
+    "Where the line of a parameter ends, beyond its range where it may be off."
+    return parameter.high + parameter.off * (parameter.high - parameter.low) * OFF_SHARE / (1.0 - OFF_SHARE)
+
+
+def distributions(
     names: Sequence[str] | None = None,  # of parameters; None: all
-) -> dict[str, Value]:  # a point
-    "The point a trial is to try."
-    point: dict[str, Value] = {}
-    for parameter in chosen(names):
-        name, low, high = parameter.name, parameter.low, parameter.high
-        if parameter.choices:
-            point[name] = trial.suggest_categorical(name, parameter.choices)
-        elif parameter.off and not trial.suggest_categorical(f"{name}.on", (False, True)):
-            point[name] = 0.0
-        elif parameter.whole:
-            point[name] = trial.suggest_int(name, int(low), int(high))
-        else:
-            point[name] = trial.suggest_float(name, low, high, log=parameter.log)
-    return point
+) -> dict[str, optuna.distributions.BaseDistribution]:  # for `ask` and `create_trial`
+    "The space as Optuna has it."
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+    def distribution(each: Parameter) -> BaseDistribution:
+        if each.choices:
+            return CategoricalDistribution(each.choices)
+        if each.whole:
+            return IntDistribution(int(each.low), int(each.high))
+        return FloatDistribution(each.low, _line_end(each), log=each.log)
+
+    return {parameter.name: distribution(parameter) for parameter in chosen(names)}
 
 # %% ../../nbs/optimizer/01_space.ipynb #e944ac44
 def trial_parameters(
     point: Mapping[str, Any],
 ) -> dict[str, Any]:  # for `enqueue_trial` or `create_trial`
     "A point as a trial's parameters."
-    told: dict[str, Any] = {}
-    for parameter in chosen(tuple(point)):
-        value = point[parameter.name]
-        if parameter.off:
-            told[f"{parameter.name}.on"] = bool(value)
-        if not parameter.off or value:
-            told[parameter.name] = value
-    return told
+    return {each.name: (each.high + _line_end(each)) / 2 if each.off and point[each.name] == 0 else point[each.name]
+            for each in chosen(tuple(point))}
 
 
-def trial_distributions(
-    point: Mapping[str, Any],
-) -> dict[str, optuna.distributions.BaseDistribution]:  # for `create_trial`
-    "The distributions of a trial's parameters."
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    told: dict[str, optuna.distributions.BaseDistribution] = {}
-    for parameter in chosen(tuple(point)):
-        if parameter.off:
-            told[f"{parameter.name}.on"] = CategoricalDistribution((False, True))
-        if parameter.choices:
-            told[parameter.name] = CategoricalDistribution(parameter.choices)
-        elif parameter.whole:
-            told[parameter.name] = IntDistribution(int(parameter.low), int(parameter.high))
-        elif not parameter.off or point[parameter.name]:
-            told[parameter.name] = FloatDistribution(parameter.low, parameter.high, log=parameter.log)
-    return told
+def point_of_trial(
+    parameters: Mapping[str, Any],  # of a trial
+) -> dict[str, Value]:
+    "The point a trial is to try."
+    return {each.name: 0.0 if each.off and parameters[each.name] > each.high else parameters[each.name]
+            for each in chosen(tuple(parameters))}
 
 # %% ../../nbs/optimizer/01_space.ipynb #9530a3da
 def _coordinates(parameter: Parameter, config: Config) -> np.ndarray:
