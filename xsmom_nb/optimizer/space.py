@@ -351,7 +351,7 @@ def suggest(
     for parameter in chosen(names):
         name, low, high = parameter.name, parameter.low, parameter.high
         if parameter.choices:
-            point[name] = trial.suggest_categorical(name, parameter.choices)
+            point[name] = cast("Value", trial.suggest_categorical(name, parameter.choices))
         elif parameter.off and not trial.suggest_categorical(f"{name}.on", (False, True)):
             point[name] = 0.0
         elif parameter.whole:
