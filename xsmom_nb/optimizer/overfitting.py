@@ -95,7 +95,7 @@ def _fates(
     return np.stack([np.log(relative / (1.0 - relative)), inside[rows, winner], reached])
 
 # %% ../../nbs/optimizer/06b_overfitting.ipynb #5bfc020a
-_AT_ONCE = 256  # splits
+_AT_ONCE = 64  # splits; few enough that the linear algebra library starts no threads, which would take longer than the work
 
 
 def backtest_overfitting(
