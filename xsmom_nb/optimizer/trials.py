@@ -47,17 +47,16 @@ def distances(
 
 # %% ../../nbs/optimizer/06c_trials.ipynb #2e852efa
 def silhouettes(
-    distance: np.ndarray,  # shape (P, P)
+    distance: np.ndarray,  # symmetric, shape (P, P)
     labels: np.ndarray,  # 0 … k−1, each at least once, k at least 2, shape (P,)
 ) -> np.ndarray:  # −1 to 1, shape (P,)
     "How much nearer each trial is to its own group than to the next: Rousseeuw (1987)."
-    member = np.eye(labels.max() + 1)[labels]
-    sizes, rows = member.sum(axis=0), np.arange(len(labels))
-    sums = distance @ member
-    within = sums[rows, labels] / np.maximum(sizes[labels] - 1.0, 1.0)
-    between = sums / sizes
-    between[rows, labels] = np.inf
-    nearest = between.min(axis=1)
+    sizes, rows = np.bincount(labels), np.arange(len(labels))
+    sums = np.add.reduceat(distance[np.argsort(labels, kind="stable")], np.cumsum(sizes) - sizes, axis=0)
+    within = sums[labels, rows] / np.maximum(sizes[labels] - 1, 1)
+    between = sums / sizes[:, None]
+    between[labels, rows] = np.inf
+    nearest = between.min(axis=0)
     scale = np.maximum(np.maximum(within, nearest), 1e-300)
     return np.where(sizes[labels] > 1, (nearest - within) / scale, 0.0)
 
