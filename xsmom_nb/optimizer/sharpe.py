@@ -78,7 +78,7 @@ def return_moments(
 def sharpe_error(
     moments: Moments,
 ) -> float:  # standard deviation of the estimate, per observation
-    "Standard error of a Sharpe ratio: Bailey and López de Prado (2012), eq. 5, after Mertens (2002)."
+    "Standard error of a Sharpe ratio: Bailey and López de Prado (2012), after Mertens (2002)."
     excess = 1.0 - moments.skewness * moments.sharpe + (moments.kurtosis - 1.0) / 4.0 * moments.sharpe**2
     if moments.observations < 2 or not excess > 0.0:
         raise UsageError(
@@ -113,7 +113,7 @@ def minimum_track_record(
     benchmark: float = 0.0,  # Sharpe ratio to be beaten, per observation
     confidence: float = 0.95,  # probability wanted
 ) -> float | None:  # observations; None where no length is enough
-    "Returns needed until a Sharpe ratio is believed: Bailey and López de Prado (2012), eq. 13."
+    "Returns needed until a Sharpe ratio is believed: Bailey and López de Prado (2012)."
     if not 0.5 < confidence < 1.0:
         raise UsageError(f"confidence {confidence}; expected a probability between 0.5 and 1")
     if moments.sharpe <= benchmark:

@@ -42,7 +42,7 @@ def correlations(
 def distances(
     correlation: np.ndarray,  # shape (P, P)
 ) -> np.ndarray:  # shape (P, P), 0 to 1
-    "How far trials are from each other: López de Prado and Lewis (2019), section 4."
+    "How far trials are from each other: López de Prado and Lewis (2019)."
     return np.sqrt(0.5 * (1.0 - correlation))
 
 # %% ../../nbs/optimizer/06c_trials.ipynb #2e852efa
@@ -113,7 +113,7 @@ def cluster_sharpes(
     returns: np.ndarray,  # of trials that move, shape (P, R)
     labels: np.ndarray,  # 0 … k−1, shape (P,)
 ) -> np.ndarray:  # Sharpe ratio per observation of each cluster, shape (k,)
-    "Sharpe ratio of each cluster, its trials weighted by inverse variance: López de Prado and Lewis (2019), section 5."
+    "Sharpe ratio of each cluster, its trials weighted by inverse variance: López de Prado and Lewis (2019)."
     weights = np.eye(labels.max() + 1)[labels].T / returns.var(axis=1, ddof=1)
     together = (weights / weights.sum(axis=1, keepdims=True)) @ returns
     return np.array([curve_metrics(row, 1.0)["sharpe"] or 0.0 for row in together])
