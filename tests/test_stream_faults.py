@@ -35,6 +35,7 @@ class Case:
     on: tuple[str, ...]  # occasions; the first of a fault that strikes before anything is connected is of a socket
     parameters: Mapping[str, Any] = field(default_factory=dict)
     times: int | None = 1  # on each occasion
+    probability: float = 1.0
     bars: str = ""  # what is said when the public socket is given up; empty: nothing has to be
     account: str = ""
     seconds: float = 600.0  # of silence that is borne
@@ -57,7 +58,7 @@ CASES = {
     "lose everything": Case("lose", TOPICS, times=None, bars="nothing said for 0.4 s", account="no message told of", seconds=0.4),
     "duplicate": Case("duplicate", TOPICS, times=None),
     "reorder": Case("reorder", TOPICS, times=3),
-    "late": Case("late", TOPICS, {"wait_ms": 300}, times=3),
+    "late": Case("late", TOPICS, {"wait_ms": 300}, times=None, probability=0.5),  # so that old news comes last
     "unacknowledged": Case(
         "unacknowledged", ("socket subscribe",), times=2, bars="no answer in 0.5 s", account="no answer in 0.5 s"),
     "closed at log-in": Case("close", ("socket auth",), account="connecting again"),
@@ -148,7 +149,8 @@ def test_after_a_fault_the_view_is_the_truth(desk, monkeypatch, name):
 
     async def strike() -> None:
         for on in case.on:
-            rule = {"fault": case.fault, "on": on, "times": case.times, "parameters": dict(case.parameters)}
+            rule = {"fault": case.fault, "on": on, "times": case.times, "probability": case.probability,
+                    "parameters": dict(case.parameters)}
             await desk.side("fault", name=f"{name} {on}", **rule)
         if case.rest:
             fault, on, parameters = case.rest
@@ -188,7 +190,7 @@ def test_after_a_fault_the_view_is_the_truth(desk, monkeypatch, name):
         pytest.fail("\n".join([*found, "— what was said:", *desk.lines[-8:]]))
     assert_stored(desk, 2)
     struck = {rule.name: desk.simulator.plan.struck.get(rule.name, 0) for rule in desk.simulator.plan.rules}
-    assert all(struck.values()), struck
+    assert (all if case.probability == 1 else any)(struck.values()), struck
     if case.account and not case.on[0].startswith("socket"):
         assert view.asked > before[0]  # what no message told was asked for
     if case.bars and not case.on[0].startswith("socket"):
