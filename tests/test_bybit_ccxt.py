@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 
 from test_simulator_ccxt import pointed, side
-from venues import HOUR, USER, paper_config, simulated
-from weather import FIRST, truth_of, unhurried
+from venues import HOUR, USER, paper_config, simulated, unhurried
 from xsmom_nb.config import with_values
 from xsmom_nb.exchange.server import serving
 from xsmom_nb.exchange.wire import matches_example
 from xsmom_nb.market.synthetic import synthetic_panel
+from xsmom_nb.ops.truth import truth_of
 
 ccxt = pytest.importorskip("ccxt", reason="no package ccxt found")
 asynchronous, streaming = pytest.importorskip("ccxt.async_support"), pytest.importorskip("ccxt.pro")
 
+FIRST = 300  # hour of the recording in which trading begins
 BTC, ETH = "BTC/USDT:USDT", "ETH/USDT:USDT"
 KEYS = {"apiKey": "the-key", "secret": "the-secret", "enableRateLimit": False, "timeout": 60_000}
 

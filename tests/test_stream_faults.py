@@ -1,8 +1,6 @@
 """Every fault of a line, struck while an account trades and bars close: each is noticed, and afterwards the view is the truth."""
 
 import asyncio
-import json
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -10,8 +8,7 @@ from typing import Any
 
 import pytest
 from test_stream import BARS, FIRST, Desk, account_of, assert_stored, bars_of, run, wait_for
-from venues import HOUR, USER, simulated
-from weather import quick_line, unhurried
+from venues import HOUR, quick_line, simulated, unhurried
 
 from xsmom_nb.exchange import stream
 from xsmom_nb.exchange.bybit import BybitExchange, set_up
@@ -20,9 +17,9 @@ from xsmom_nb.exchange.keeper import BarKeeper
 from xsmom_nb.exchange.server import serving
 from xsmom_nb.exchange.view import AccountView
 from xsmom_nb.market.synthetic import synthetic_panel
+from xsmom_nb.ops.truth import OPEN, differing, truth_of
 
 pytest.importorskip("ccxt", reason="no package ccxt found")
-OPEN = ("New", "PartiallyFilled", "Untriggered", "Triggered")
 TOPICS = ("push kline*", "push order", "push execution", "push position", "push wallet")
 SOCKETS = ("push kline*", "push execution")  # one topic of each socket
 
@@ -99,8 +96,7 @@ def counted(listener):
 
 def differences(desk: Desk, view: AccountView, keeper: BarKeeper, bars: int) -> list[str]:
     "Where the view is not the simulator's truth; empty: nowhere."
-    with urllib.request.urlopen(f"{desk.url}/__sim/truth", timeout=10) as answer:
-        truth = json.load(answer)["accounts"][str(USER)]
+    truth = truth_of(desk.url)
     true = {
         "positions": {symbol: (Decimal(each["quantity"]), each["stop"] and Decimal(each["stop"]))
                       for symbol, each in truth["positions"].items()},
@@ -121,7 +117,7 @@ def differences(desk: Desk, view: AccountView, keeper: BarKeeper, bars: int) -> 
         "last bars": dict(keeper.newest),
         "doubts": (view.is_doubtful, keeper.is_doubtful),
     }
-    return [f"{name}: the stream says {seen[name]}, true is {true[name]}" for name in true if seen[name] != true[name]]
+    return [each for name in true for each in differing(name, seen[name], true[name])]
 
 
 async def trades(desk: Desk, number: int) -> None:
