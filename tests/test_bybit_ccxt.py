@@ -31,7 +31,7 @@ KEYS = {"apiKey": "the-key", "secret": "the-secret", "enableRateLimit": False, "
 
 @pytest.fixture(scope="module")
 def panel():
-    return synthetic_panel(seed=11, bars=FIRST + 60, symbols=4)
+    return synthetic_panel(seed=11, bars=FIRST + 260, symbols=4)
 
 
 class Desk:
@@ -181,6 +181,50 @@ def test_stops_come_with_an_order_or_to_a_position(desk):
         exchange.private_post_v5_position_trading_stop({**own, "stopLoss": str(desk.price("0.75"))})
     exchange.private_post_v5_position_trading_stop({**own, "stopLoss": "0", "takeProfit": "0"})
     assert desk.position()["stopLossPrice"] is None
+
+
+def test_what_is_not_simulated_is_refused_and_never_ignored(desk):
+    exchange, price = desk.exchange, desk.price
+    desk.buy(500, stopLoss={"triggerPrice": price("0.8")})
+    before, own = desk.truth(), {"category": "linear", "symbol": "BTCUSDT", "positionIdx": 0}
+    amount, level = desk.amount(100), {"triggerPrice": price("0.7"), "price": price("0.69")}
+    refused = {
+        "trailingStop": lambda: exchange.create_order(
+            BTC, "market", "sell", amount, None, {"trailingAmount": str(price("0.05"))}),
+        "activePrice": lambda: exchange.private_post_v5_position_trading_stop({**own, "activePrice": str(price("1.1"))}),
+        "tpslMode Partial": lambda: exchange.create_order(
+            BTC, "market", "sell", amount, None, {"stopLossPrice": price("0.7"), "tradingStopEndpoint": True}),
+        "slTriggerBy": lambda: exchange.private_post_v5_position_trading_stop(
+            {**own, "stopLoss": str(price("0.7")), "tpslMode": "Full", "slTriggerBy": "MarkPrice"}),
+        "Partial": lambda: exchange.create_order(BTC, "limit", "buy", amount, price("0.9"), {"stopLoss": level}),
+        "cannot be amended": lambda: exchange.edit_order("", BTC, "limit", "buy", amount, price("0.9"), {
+            "orderLinkId": "a", "stopLoss": {"triggerPrice": price("0.7")}}),
+    }  # fmt: skip
+    for words, ask in refused.items():
+        with pytest.raises(ccxt.BadRequest, match=f"10001.*{words}"):
+            ask()
+        assert desk.truth() == before, words
+
+
+def test_lists_of_the_past_span_seven_days(desk):
+    exchange, day = desk.exchange, 24 * HOUR
+    first = desk.buy(500, clientOrderId="first")
+    waits = exchange.create_order(BTC, "limit", "buy", desk.amount(100), desk.price("0.5"), {"clientOrderId": "waits"})
+    exchange.cancel_order(waits["id"], BTC)
+    assert {each["clientOrderId"] for each in exchange.fetch_canceled_and_closed_orders(BTC)} == {"first", "waits"}
+    desk.advance(25)
+    assert {each["clientOrderId"] for each in exchange.fetch_canceled_and_closed_orders(BTC)} == {"first"}  # no fill, no trace
+    assert desk.find(waits)["status"] == "canceled"  # by its name it is found
+    desk.advance(7 * 24)
+    assert exchange.fetch_canceled_and_closed_orders(BTC) == []
+    assert exchange.fetch_my_trades(BTC) == []
+    [trade] = exchange.fetch_my_trades(BTC, desk.start_ms)  # from a start: the seven days after it
+    assert trade["order"] == first["id"]
+    second = desk.buy(300)
+    assert {each["order"] for each in exchange.fetch_my_trades(BTC, desk.start_ms)} == {first["id"]}  # and not the eighth
+    assert {each["order"] for each in exchange.fetch_my_trades(BTC)} == {second["id"]}
+    with pytest.raises(ccxt.BadRequest, match=r"10001.*7 days"):
+        exchange.fetch_my_trades(BTC, desk.start_ms, params={"endTime": desk.start_ms + 8 * day})
 
 
 def test_batches(desk):
