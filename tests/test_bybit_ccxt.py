@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
+import aiohttp
 import pytest
 
 from test_simulator_ccxt import pointed, side
@@ -478,6 +479,145 @@ def test_private_answers_have_the_shape_of_the_documentation(desk, root):
         answer = getattr(exchange, f"private_{verb}_v5_{path.replace('/', '_').replace('-', '_')}")(parameters)
         assert verb == "post" or answer["result"].get("list", answer["result"]), name
         matches(name, answer, without, beyond)
+
+
+def test_private_messages_have_the_shape_of_the_documentation(panel, root):
+    folder = root.parent / "shared" / "data" / "bybit" / "documentation_examples"
+    if not folder.is_dir():
+        pytest.skip("no market data found")
+    order = {**LINEAR, "side": "Buy", "orderType": "Market", "qty": "0.01"}
+
+    async def told(desk: Desk) -> tuple[dict[str, Any], dict[str, Any]]:
+        now_ms, heard = desk.simulator.pace.now_ms(), dict[str, Any]()
+        expires = now_ms + 10_000
+        sign = hmac.new(b"the-secret", f"GET/realtime{expires}".encode(), hashlib.sha256).hexdigest()
+        log_in = {"op": "auth", "args": ["the-key", expires, sign]}
+        topics = ["order", "execution", "execution.fast", "position", "wallet"]
+        async with aiohttp.ClientSession() as http, http.ws_connect(f"{desk.url}/v5/private") as private, http.ws_connect(
+                f"{desk.url}/v5/trade") as trade:
+            for line in (private, trade):
+                await line.send_json(log_in)
+                await line.receive_json()
+            await private.send_json({"op": "subscribe", "args": topics})
+            header = {"X-BAPI-TIMESTAMP": str(now_ms), "X-BAPI-RECV-WINDOW": "5000"}
+            await trade.send_json({"reqId": "r", "op": "order.create", "header": header, "args": [order]})
+            reply = await trade.receive_json()
+            while not set(topics) <= set(heard):
+                message = await private.receive_json(timeout=5)
+                heard[message.get("topic", "acknowledged")] = message
+        return heard, reply
+
+    with desk_of(panel, hurried=True) as desk:
+        heard, reply = asyncio.run(told(desk))
+    for name, topic, beyond in (("order.1", "order", NEWER), ("execution.1", "execution", ()),
+                                ("fast-execution.1", "execution.fast", ()), ("position.1", "position", ()),
+                                ("wallet.1", "wallet", ())):
+        example = json.loads((folder / f"websocket__private__{name}.response.json").read_text())
+        matches_example(example, heard[topic], ("MNT",), beyond)
+    matches_example(json.loads((folder / "websocket__trade__guideline.2.response.json").read_text()), reply)
+
+
+# ── Every call of the tables, by sync, async and pro ─────────────────────────────────────────────────────────────────
+LEVEL, NAMED, STOP = "triggerPrice", "clientOrderId", {"tradingStopEndpoint": True}
+CALLS: list[tuple[str, str, Any]] = [  # method of ccxt, path it must ask, arguments; `d` is the desk, `r` holds results by method
+    ("fetch_time", "GET market/time", lambda d, r: ()),
+    ("fetch_status", "GET system/status", lambda d, r: ()),
+    ("fetch_ohlcv", "GET market/kline", lambda d, r: (BTC, "1h", None, 1000)),
+    ("fetch_ohlcv", "GET market/kline", lambda d, r: (BTC, "4h", d.start_ms - 90 * HOUR, 7)),
+    ("fetch_ohlcv", "GET market/mark-price-kline", lambda d, r: (BTC, "1h", None, 5, {"price": "mark"})),
+    ("fetch_ohlcv", "GET market/index-price-kline", lambda d, r: (BTC, "1h", None, 5, {"price": "index"})),
+    ("fetch_tickers", "GET market/tickers", lambda d, r: ()),
+    ("fetch_tickers", "GET market/tickers", lambda d, r: ([BTC, ETH],)),
+    ("fetch_ticker", "GET market/tickers", lambda d, r: (BTC,)),
+    ("fetch_funding_rate", "GET market/tickers", lambda d, r: (BTC,)),
+    ("fetch_order_book", "GET market/orderbook", lambda d, r: (BTC, 50)),
+    ("fetch_trades", "GET market/recent-trade", lambda d, r: (BTC, None, 9)),
+    ("fetch_funding_rate_history", "GET market/funding/history", lambda d, r: (BTC, d.start_ms - 90 * HOUR)),
+    ("fetch_open_interest_history", "GET market/open-interest", lambda d, r: (BTC, "1h", None, 5)),
+    ("fetch_market_leverage_tiers", "GET market/risk-limit", lambda d, r: (BTC,)),
+    ("fetch_balance", "GET account/wallet-balance", lambda d, r: ()),
+    ("set_leverage", "POST position/set-leverage", lambda d, r: (3, BTC)),
+    ("fetch_leverage", "GET position/list", lambda d, r: (BTC,)),
+    ("set_position_mode", "POST position/switch-mode", lambda d, r: (True, ETH)),
+    ("set_margin_mode", "POST account/set-margin-mode", lambda d, r: ("cross",)),
+    ("fetch_trading_fee", "GET account/fee-rate", lambda d, r: (BTC,)),
+    ("fetch_trading_fees", "GET account/fee-rate", lambda d, r: ()),
+    ("create_order", "POST order/create", lambda d, r: (BTC, "market", "buy", 0.02, None, {NAMED: "market"})),
+    ("create_order", "POST order/create", lambda d, r: (BTC, "market", "sell", 0.005, None, {"reduceOnly": True})),
+    ("create_order", "POST order/create", lambda d, r: (BTC, "market", "sell", 0.01, None, {
+        LEVEL: d.price("0.8"), "triggerDirection": "descending", "triggerBy": "MarkPrice"})),
+    ("create_order", "POST order/create", lambda d, r: (BTC, "market", "sell", 0.01, None, {"stopLossPrice": d.price("0.7")})),
+    ("create_order", "POST order/create", lambda d, r: (BTC, "limit", "buy", 0.01, d.price("0.8"), {
+        "stopLoss": {LEVEL: d.price("0.7")}, "takeProfit": {LEVEL: d.price("1.3")}})),
+    ("create_order", "POST position/trading-stop", lambda d, r: (
+        BTC, "market", "sell", 0, None, {"stopLossPrice": d.price("0.6"), **STOP})),
+    ("create_order", "POST order/create", lambda d, r: (
+        BTC, "limit", "buy", 0.01, d.price("0.9"), {"postOnly": True, NAMED: "w"})),
+    ("edit_order", "POST order/amend", lambda d, r: (r["create_order"]["id"], BTC, "limit", "buy", 0.02, d.price("0.85"))),
+    ("fetch_open_orders", "GET order/realtime", lambda d, r: (BTC,)),
+    ("fetch_open_orders", "GET order/realtime", lambda d, r: (None, None, None, {"paginate": True})),
+    ("fetch_order", "GET order/realtime", lambda d, r: (r["create_order"]["id"], BTC, {"acknowledged": True})),
+    ("cancel_order", "POST order/cancel", lambda d, r: (r["create_order"]["id"], BTC)),
+    ("create_orders", "POST order/create-batch", lambda d, r: ([
+        {"symbol": BTC, "type": "limit", "side": "buy", "amount": 0.01, "price": d.price("0.9"), "params": {NAMED: name}}
+        for name in ("b1", "b2")],)),
+    ("edit_orders", "POST order/amend-batch", lambda d, r: ([
+        {"id": r["create_orders"][0]["id"], "symbol": BTC, "type": "limit", "side": "buy", "amount": 0.02}],)),
+    ("cancel_orders", "POST order/cancel-batch", lambda d, r: ([each["id"] for each in r["create_orders"]], BTC)),
+    ("cancel_all_orders", "POST order/cancel-all", lambda d, r: (BTC, {"trigger": True})),
+    ("cancel_all_orders", "POST order/cancel-all", lambda d, r: ()),
+    ("cancel_all_orders_after", "POST order/disconnected-cancel-all", lambda d, r: (10_000,)),
+    ("fetch_canceled_and_closed_orders", "GET order/history", lambda d, r: (BTC,)),
+    ("fetch_closed_orders", "GET order/history", lambda d, r: (BTC,)),
+    ("fetch_canceled_orders", "GET order/history", lambda d, r: (BTC,)),
+    ("fetch_my_trades", "GET execution/list", lambda d, r: (BTC,)),
+    ("fetch_order_trades", "GET execution/list", lambda d, r: (r["fetch_closed_orders"][0]["id"], BTC)),
+    ("fetch_funding_history", "GET execution/list", lambda d, r: (BTC,)),
+    ("fetch_positions", "GET position/list", lambda d, r: ()),
+    ("fetch_position", "GET position/list", lambda d, r: (BTC,)),
+    ("fetch_positions_history", "GET position/closed-pnl", lambda d, r: ([BTC],)),
+    ("fetch_ledger", "GET account/transaction-log", lambda d, r: ("USDT",)),
+]  # fmt: skip
+
+
+def called(panel, folder, kind) -> tuple[list[Any], list[list[str]]]:
+    "What the calls gave, and which paths each asked."
+    journal, results, found = folder / f"{kind.__module__}.jsonl", {}, []
+    simulator = unhurried(simulated(panel, int(panel.open_time_ms[FIRST]) + HOUR + 60_000), journal)
+
+    async def work(desk: Desk) -> None:
+        exchange = desk.client(kind)
+        try:
+            markets = exchange.load_markets()
+            await markets if asyncio.iscoroutine(markets) else None
+            for method, _, arguments in CALLS:
+                given = await asyncio.to_thread(arguments, desk, results)
+                before = simulator.journal.number
+                answer = getattr(exchange, method)(*given)
+                results[method] = await answer if asyncio.iscoroutine(answer) else answer
+                found.append((method, results[method], before, simulator.journal.number))
+        finally:
+            closing = exchange.close() if kind is not ccxt.bybit else None
+            await closing if closing else None
+
+    with serving(simulator) as url:
+        asyncio.run(work(Desk(simulator, url)))
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    asked = ([each for each in lines[before:after] if each["kind"] == "request"] for _, _, before, after in found)
+    paths = [[f"{each['method']} {each['path'].removeprefix('/v5/')}" for each in requests] for requests in asked]
+    return [(method, answer) for method, answer, _, _ in found], paths
+
+
+def test_every_call_of_the_tables_is_the_same_by_sync_async_and_pro(panel, tmp_path):
+    runs = [called(panel, tmp_path, kind) for kind in (ccxt.bybit, asynchronous.bybit, streaming.bybit)]
+    for (method, path, _), asked in zip(CALLS, runs[0][1], strict=True):
+        assert path in asked, (method, asked)
+    first = runs[0][0]
+    assert [method for method, answer in first if not answer] == ["fetch_funding_history"]  # nothing was settled yet
+    for answers, paths in runs[1:]:
+        assert paths == runs[0][1]
+        for (method, theirs), (_, ours) in zip(answers, first, strict=True):
+            assert theirs == ours, method
 
 
 # ── Async and pro ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -43,6 +43,7 @@ from .simulator import refused
 from .simulator import side_answer
 from .topics import is_private_topic
 from .topics import topic_of
+from .venue import venue_id
 from .wire import Json
 
 # %% auto #0
@@ -392,9 +393,9 @@ def _trade(server: Server, session: Session, request: Json, now_ms: int) -> None
         answer = asked_by(simulator, session.key, path, endpoint, arguments[0], now_ms)
     except Refusal as refusal:
         answer = refused(refusal, now_ms)
-    said = json.loads(answer.text)
+    said, trace = json.loads(answer.text), venue_id(simulator.terms.seed, f"trace-{simulator.number('trace')}").replace("-", "")
     reply = {"retCode": said["retCode"], "retMsg": said["retMsg"], "op": request["op"], "data": said.get("result", {}),
-             "retExtInfo": said.get("retExtInfo", {}), "header": {**answer.headers, "Timenow": str(now_ms)},
+             "retExtInfo": said.get("retExtInfo", {}), "header": {**answer.headers, "Traceid": trace, "Timenow": str(now_ms)},
              "connId": session.name}
     if "reqId" in request:
         reply = {"reqId": request["reqId"], **reply}
