@@ -379,6 +379,20 @@ def test_reduce_only_takes_no_more_than_there_is(desk):
     assert desk.position() is None
 
 
+@pytest.mark.parametrize("exempts", [True, False])
+def test_a_reduction_below_the_least_value_passes_or_not_as_one_chooses(desk, exempts):
+    desk.simulator.engines[USER].account.exempts_reductions = exempts
+    desk.buy(500)
+    least = desk.exchange.market(BTC)["limits"]["amount"]["min"]
+    assert least * desk.price() < 5
+    if exempts:
+        desk.exchange.create_order(BTC, "market", "sell", least, None, {"reduceOnly": True})
+        assert desk.position()["contracts"] < desk.amount(500)
+    else:
+        with pytest.raises(ccxt.InvalidOrder, match="110094"):
+            desk.exchange.create_order(BTC, "market", "sell", least, None, {"reduceOnly": True})
+
+
 def test_a_book_that_is_too_thin_fills_a_part(panel):
     with desk_of(panel, **{"paper.participation": 1e-6}) as desk:
         found = desk.find(desk.buy(9000))
