@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'UNUSED_SECONDS', 'Function', 'source_digest', 'cache_folder', 'remove_unused', 'prepare_cache', 'Compiled',
-           'njit', 'stage']
+           'njit', 'stage', 'load_numba']
 
 # %% ../nbs/05_compiled.ipynb #6e8ac9f8
 import functools
@@ -129,3 +129,12 @@ def stage(
 ) -> Function:  # the same function, compiled at its first call and inlined into every compiled caller
     "Compile a function of one row."
     return Compiled(function, forceinline=True, _nrt=False)  # type: ignore[return-value]
+
+# %% ../nbs/05_compiled.ipynb #609dacb4
+def load_numba() -> None:
+    "Import numba and everything that its first compiled call would wait for; nothing where numba is switched off."
+    numba = _numba()
+    if not numba.config.DISABLE_JIT:
+        from numba.core.registry import cpu_target
+
+        cpu_target.target_context.refresh()

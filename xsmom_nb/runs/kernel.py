@@ -19,7 +19,7 @@ from typing import Any
 import xsmom_nb.errors
 
 # %% auto #0
-__all__ = ['imports_of', 'Kernel', 'started_kernel']
+__all__ = ['imports_of', 'early_lines', 'Kernel', 'started_kernel']
 
 # %% ../../nbs/runs/00f_kernel.ipynb #8dba61f6
 def imports_of(
@@ -38,6 +38,13 @@ def _only_imports(source: str) -> bool:
     except SyntaxError:  # magics
         return False
     return bool(statements) and all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in statements)
+
+# %% ../../nbs/runs/00f_kernel.ipynb #d49e0a23
+def early_lines(
+    imports: str,  # source of the imports
+) -> list[str]:  # pieces of Python, to be run in this order
+    "What a kernel does before its first cell."
+    return [imports, "__import__('xsmom_nb.compiled').compiled.load_numba()"] if "xsmom_nb" in imports else [imports]
 
 # %% ../../nbs/runs/00f_kernel.ipynb #58f6f205
 def _manager(
@@ -121,7 +128,7 @@ def started_kernel(
     with tempfile.TemporaryDirectory(prefix="xsmom-kernel-", ignore_cleanup_errors=True) as folder, _closed_loop():
         workshop = Path(folder)
         kernel = Kernel(_manager(workshop), workshop / "kernel.log")
-        early = [f"--IPKernelApp.exec_lines={[imports_of(notebook)]!r}"]
+        early = [f"--IPKernelApp.exec_lines={early_lines(imports_of(notebook))!r}"]
         with open(kernel.log, "wb") as log:
             run_sync(kernel.manager.start_kernel)(
                 extra_arguments=early, cwd=str(project), env=_environment(workshop), stdout=log, stderr=log)
