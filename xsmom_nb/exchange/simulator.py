@@ -143,8 +143,7 @@ class Simulator:
         self.hub, self.limits = Hub(market, pace.now_ms()), RateLimits()
         self.guard, self.door = AddressGuard(self.terms.address_limit), AddressGuard(self.terms.socket_limit)
         self.plan, self.absences = FaultPlan(self.terms.seed), Absences(self.terms.cancels_for_absent)
-        self.outgoing: list[Outgoing] = []
-        self.told_ms, self._numbers = pace.now_ms(), dict[str, int]()
+        self.told_ms, self._numbers, self.outgoing = pace.now_ms(), dict[str, int](), list[Outgoing]()
 
     def next_due_ms(self) -> int:
         "When something happens next, UTC ms."
@@ -176,8 +175,7 @@ class Simulator:
         order = sorted(range(len(pushes)), key=lambda i: draw(self.terms.seed, f"push {i}", turn)) if turn else range(len(pushes))
         waiting = {push.topic: iter([each.rows for each in pushes if each.topic == push.topic]) for push in pushes}
         for i in order:
-            topic = pushes[i].topic
-            rows = next(waiting[topic])
+            topic, rows = pushes[i].topic, next(waiting[pushes[i].topic])
             message_id = f"{user}_{topic}_{self.number('message')}"
             self.journal.note("push", now_ms, user=user, topic=topic, rows=list(rows))
             self.outgoing.append(Outgoing(topic, private_message(topic, rows, message_id, now_ms), user))
