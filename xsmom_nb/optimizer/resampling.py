@@ -114,15 +114,16 @@ def block_paths(
     block_bars: int,  # mean length of a block
     rng: np.random.Generator,
 ) -> Iterator[np.ndarray]:  # a path at a time, shape (steps,)
-    "Stationary bootstrap of a series; longer paths are chained from several draws."
+    "Stationary bootstrap of a series: draws as long as the sample, end to end, cut into paths."
     from arch.bootstrap import StationaryBootstrap
 
     draws = StationaryBootstrap(block_bars, returns, seed=rng).bootstrap(paths * -(-steps // returns.size))
+    drawn = np.empty(0)
     for _ in range(paths):
-        path = np.empty(0)
-        while path.size < steps:
-            path = np.concatenate([path, next(draws)[0][0]])
-        yield path[:steps]
+        while drawn.size < steps:
+            drawn = np.concatenate([drawn, next(draws)[0][0]])
+        yield drawn[:steps]
+        drawn = drawn[steps:]
 
 # %% ../../nbs/optimizer/05_resampling.ipynb #cc6a6ea1
 def optimal_block_bars(
