@@ -27,12 +27,13 @@ from ..errors import RefusedError, UsageError
 from ..files import canonical_json, sha256_bytes
 from .space import Value, distributions, draw, point_of_trial, trial_parameters
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
 # %% auto #0
 __all__ = ['COMPUTED', 'WHAT', 'START_SHARE', 'FINISHED', 'LOST_AFTER_SECONDS', 'search_digest', 'Terms', 'require_same',
            'start_points', 'finished', 'quiet', 'sampler', 'complete_slots', 'begin_study', 'join_study', 'this_worker',
            'give_back', 'waiting', 'take_slot', 'is_lost', 'release_lost', 'trial_table']
+
+# %% ../../nbs/optimizer/04b_study.ipynb #de6733d3
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 # %% ../../nbs/optimizer/04b_study.ipynb #5881a31b
 COMPUTED = ("exchange", "universe", "strategy", "filters", "sizing", "vol_target", "risk", "throttle", "execution", "costs",
