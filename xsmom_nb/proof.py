@@ -101,6 +101,8 @@ def prove(
     try:
         run = execute_run(PROOFS[name].notebook, parameters, config_of(PROOFS[name], config), progress=not quiet)
     except RunFailed as failed:
+        if failed.run.manifest.status == "aborted":  # somebody wants us to stop
+            raise
         run = failed.run
     return line_of(name, run)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import optuna
+import pandas as pd
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
@@ -35,7 +36,7 @@ from ..state import State
 
 # %% auto #0
 __all__ = ['Figure', 'study_name', 'Registry', 'median_path', 'trial_returns', 'Holdout', 'look_at_holdout', 'Findings',
-           'evidence_of', 'optimize']
+           'evidence_of', 'optimize', 'record_frame']
 
 # %% ../../nbs/optimizer/07b_pipeline.ipynb #1494db73
 def study_name(
@@ -132,6 +133,18 @@ class Findings:
     verdict: Verdict
     notes: tuple[str, ...] = field(default=())  # why figures are missing
 
+    def as_json(self) -> dict[str, Any]:
+        "Everything but the returns, in plain types."
+        sharpes = {name: score.metrics.get("sharpe") for name, score in
+                   (("candidate", self.holdout.candidate), ("baseline", self.holdout.baseline))} if self.holdout else None
+        figures = {name: asdict(each) if each else None for name, each in
+                   (("record", self.record), ("baseline_record", self.baseline_record), ("search", self.search))}
+        return {
+            "study": self.study, "changed": self.changed, "point": self.walk.final.restrained.point,
+            "verdict": self.verdict.as_json(),
+            **figures, "stress": self.stress.as_json() if self.stress else None, "notes": list(self.notes),
+            "holdout": {**sharpes, "looks": self.holdout.looks} if self.holdout and sharpes else None}
+
 
 def _attempt(notes: list[str], what: str, compute: Callable[[], Figure]) -> Figure | None:
     "A figure, or a note why there is none."
@@ -189,3 +202,13 @@ def optimize(
     verdict = judge(evidence_of(ground, result, record, search, report, kept), ground.base.optimizer.gate)
     changed = changed_parameters(ground.base, candidate)
     return Findings(name, result, candidate, changed, record, theirs, search, report, kept, verdict, tuple(notes))
+
+# %% ../../nbs/optimizer/07b_pipeline.ipynb #f7748f24
+def record_frame(
+    result: WalkForward,
+) -> pd.DataFrame:  # index `timestamp`, a row a bar; the returns of each path
+    "The two records as a table that can be kept."
+    columns = {f"{name}_{path}": row for name, paths in (("candidate", result.candidate), ("baseline", result.baseline))
+               for path, row in enumerate(paths)}
+    index = pd.to_datetime(result.opens_ms, unit="ms", utc=True).rename("timestamp")
+    return pd.DataFrame(columns, index=index)

@@ -26,6 +26,7 @@ from .chain import load_sign_key, seal, settle
 from .kernel import Kernel, started_kernel
 from .page import notebook_library, warm_up, write_page
 from .parameters import check_parameters, find_notebook, parameter_model
+from .progress import followed
 from .provenance import collect_provenance
 from .record import Manifest, OpenRun, RunFolder, Status, begin_run, redacted
 from ..state import State, open_state
@@ -267,19 +268,26 @@ def execute_notebook(
 def _progress(
     name: str,  # of the notebook
     wanted: bool,
+    note: Path,  # where the notebook says how far it is
 ) -> Iterator[Callable[[int, int, str], None]]:
     "A function that shows how many cells are done."
     if not wanted:
         yield lambda done, total, heading: None
     elif not sys.stderr.isatty():
-        yield lambda done, total, heading: print(f"{name}: cell {done + 1} of {total}  {heading}", file=sys.stderr, flush=True)
+        def tell(text: str) -> None:
+            print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+        with followed(note, tell, every_seconds=30.0):
+            yield lambda done, total, heading: tell(f"cell {done + 1} of {total}  {heading}")
     else:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with ExitStack() as stack:
+            bar = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
             task = bar.add_task("starting")
+            stack.enter_context(followed(note, lambda text: bar.update(task, description=text)))
             yield lambda done, total, heading: bar.update(task, completed=done, total=total, description=heading)
 
 # %% ../../nbs/runs/01_execute.ipynb #b72d7b2a
@@ -390,7 +398,7 @@ def execute_run(
     checked = check_parameters(name, model, parameters)
     with ExitStack() as stack:
         process = kernel or stack.enter_context(started_kernel(notebook, tree))
-        on_cell = stack.enter_context(_progress(name, progress))
+        on_cell = stack.enter_context(_progress(name, progress, process.note))
 
         def work(folder: RunFolder) -> Ending:
             injected = {**checked, **({"run_dir": str(folder.path)} if "run_dir" in reserved else {})}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import xsmom_nb.errors
+from .progress import NOTE
 
 # %% auto #0
 __all__ = ['imports_of', 'early_lines', 'Kernel', 'started_kernel']
@@ -76,6 +77,7 @@ def _environment(
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "IPYTHONDIR": str(workshop / "ipython"),
+        NOTE: str(workshop / "note.json"),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # a server's `Agg` would leave the plots out
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
@@ -111,6 +113,11 @@ class Kernel:
 
     manager: Any  # of jupyter_client
     log: Path  # what the process writes by itself
+
+    @property
+    def note(self) -> Path:
+        "Where its notebook may say how far it is."
+        return self.log.with_name("note.json")
 
     def last_words(self) -> str:
         "The end of what the process wrote by itself."
