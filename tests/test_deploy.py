@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from small_account import MARKET, Memo, quick, recording, time_of
 from typer.testing import CliRunner
 
@@ -91,6 +92,18 @@ def tree(tmp_path) -> Any:
     made.state.close()
 
 
+def remember_yaml(patch: Callable[[Any, str, Any], None] = setattr) -> None:
+    "Read each text of YAML once: a whole config takes a tenth of a second, and here a few are read hundreds of times."
+    load, known = yaml.load, dict[bytes, Any]()
+
+    def remembered(content: bytes, loader: Any) -> Any:
+        if content not in known:
+            known[content] = load(content, loader)
+        return known[content]
+
+    patch(yaml, "load", remembered)
+
+
 # ── Killed ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 KILLER = """
 import os, shutil, sys
@@ -98,9 +111,16 @@ from pathlib import Path
 
 sys.path[:0] = sys.argv[2:4]
 import sqlalchemy.engine.default as engine
-from test_deploy import Tree
+from test_deploy import Tree, remember_yaml
 
 start, act, count = Path(sys.argv[1]), sys.argv[4], 0
+version = (start / "version").read_text()
+
+
+def work(tree):
+    tree.hour = 50
+    return tree.promote(version, stage="small") if act == "promote" else tree.rollback()
+
 
 
 def deadly(owner, name):
@@ -116,20 +136,20 @@ def deadly(owner, name):
     setattr(owner, name, lethal)
 
 
+remember_yaml()
+shutil.copytree(start, start.with_name("rehearsal"))
+tree = Tree(start.with_name("rehearsal"))
+work(tree)
+tree.state.close()
 for limit in range(1, 200):
     folder = start.with_name(f"{act}-{limit}")
     shutil.copytree(start, folder)
     child = os.fork()
     if child == 0:
         tree = Tree(folder)
-        tree.hour = 50
         for owner, name in ((os, "fsync"), (os, "replace"), (os, "pwrite"), (os, "close"), (engine.DefaultDialect, "do_commit")):
             deadly(owner, name)
-        version = (start / "version").read_text()
-        if act == "promote":
-            tree.promote(version, stage="small")
-        else:
-            tree.rollback()
+        work(tree)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(limit, status, flush=True)
@@ -150,7 +170,8 @@ def killed_at_every_point(tree: Tree, act: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("act", ["promote", "rollback"])
-def test_killed_at_every_point_it_is_the_old_config_or_the_new_one(tree, act):
+def test_killed_at_every_point_it_is_the_old_config_or_the_new_one(tree, act, monkeypatch):
+    remember_yaml(monkeypatch.setattr)
     version = tree.version(strategy__kappa=2.0)
     (tree.folder / "version").write_text(version)
     before, after = (1.5, 1.0), (2.0, 0.25)

@@ -172,7 +172,7 @@ def expected_returns(
     why = f"sequential test of live against expected returns, false alarm {FALSE_ALARM:.0%} in a lifetime"
     if facts.surprises is None:
         return _at_most("expected_returns", None, limit, why)
-    most = float(np.exp(evidence_against(facts.surprises).max(initial=0.0)))
+    most = math.exp(min(float(evidence_against(facts.surprises).max(initial=0.0)), 700.0))  # beyond that it overflows
     return _at_most("expected_returns", most, limit, f"{why}, {len(facts.surprises)} days")
 
 # %% ../../nbs/optimizer/09_rollout.ipynb #2760b7d8
