@@ -41,7 +41,7 @@ bench: setup ## This engine against its peers, kept and shown in the README; QUI
 	@python -m benchmarks $(if $(QUICK),--quick)
 	@$(if $(QUICK),,python -m xsmom_nb.ops.readme)
 
-proof: setup ## The long proofs as audited runs, the better part of an hour: parity over 60 days, look-ahead, a quarter of replay
+proof: setup ## The long proofs as audited runs, the better part of an hour: parity over 60 days, look-ahead, a quarter of replay, the simulator, bad weather
 	@xsmom proof $(WHAT)
 
 setup: ## Make .venv from requirements.lock; done once, and again when the lock changes

@@ -10,6 +10,7 @@ from xsmom_nb.config import Config, with_values
 from xsmom_nb.market.panel import Panel
 from xsmom_nb.market.store import Store, find_data
 from xsmom_nb.market.synthetic import synthetic_panel
+from xsmom_nb.optimizer.space import draw, settings_at
 
 ROWS, SYMBOLS = 17_520, 36  # two years of hours, the universe of the shipped config
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -79,34 +80,6 @@ def has_market_data() -> bool:
 
 
 def parameter_sets(count: int, seed: int = 7, every_bars: int | None = None) -> list[dict[str, Any]]:
-    "Sets drawn from the whole search space, all 18 parameters; `every_bars` fixes how often all of them rebalance."
-    rng, sets = np.random.default_rng(seed), []
-
-    def between(low: float, high: float) -> float:
-        return float(rng.uniform(low, high))
-
-    def log_between(low: float, high: float) -> float:
-        return float(np.exp(rng.uniform(np.log(low), np.log(high))))
-
-    def zero_or(low: float, high: float) -> float:
-        return 0.0 if rng.random() < 0.25 else between(low, high)
-
-    for _ in range(count):
-        first, decay, k_min = log_between(12, 192), between(0.4, 1.6), int(rng.integers(2, 9))
-        every = int(rng.choice([1, 2, 4, 8, 12, 24]))
-        target = zero_or(0.5, 3.0)
-        sets.append({
-            "strategy.signal_power": between(0.5, 2.0),
-            "strategy.lookbacks": [round(first * factor) for factor in (1, 2, 4, 8)],
-            "strategy.lookback_weights": [decay**power for power in range(4)],
-            "strategy.vol_lookback": int(rng.integers(24, 169)),
-            "strategy.k_min": k_min, "strategy.k_max": k_min + int(rng.integers(0, 11)), "strategy.kappa": between(0.0, 2.0),
-            "strategy.entry_zscore_min": between(0.0, 0.75), "execution.trade_rate": log_between(0.05, 1.0),
-            "strategy.max_weight_per_asset": between(0.08, 0.30), "execution.rebalance_band": between(0.0, 0.08),
-            "filters.regime.slope_min_bps_per_day": between(0.0, 80.0),
-            "sizing.weighting": str(rng.choice(["signal_inverse_vol", "inverse_vol", "equal"])),
-            "strategy.rebalance_every_bars": every if every_bars is None else every_bars,
-            "risk.atr_mult_sl": zero_or(3.0, 12.0), "risk.trail_atr_mult": zero_or(3.0, 12.0),
-            "risk.breakeven_after_r": zero_or(0.5, 2.0), "risk.partial_tp_ladder": [[target, 0.30]] if target else [],
-        })  # fmt: skip
-    return sets
+    "Settings drawn from the optimizer's whole search space; `every_bars` fixes how often all of them rebalance."
+    fixed = {} if every_bars is None else {"rebalance_every_bars": every_bars}
+    return [settings_at(Config(), point | fixed) for point in draw(count, seed)]

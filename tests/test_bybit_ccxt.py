@@ -11,26 +11,28 @@ from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
+import aiohttp
 import pytest
 
 from test_simulator_ccxt import pointed, side
-from venues import HOUR, USER, paper_config, simulated
-from weather import FIRST, truth_of, unhurried
+from venues import HOUR, USER, paper_config, simulated, unhurried
 from xsmom_nb.config import with_values
 from xsmom_nb.exchange.server import serving
 from xsmom_nb.exchange.wire import matches_example
 from xsmom_nb.market.synthetic import synthetic_panel
+from xsmom_nb.ops.truth import truth_of
 
 ccxt = pytest.importorskip("ccxt", reason="no package ccxt found")
 asynchronous, streaming = pytest.importorskip("ccxt.async_support"), pytest.importorskip("ccxt.pro")
 
+FIRST = 300  # hour of the recording in which trading begins
 BTC, ETH = "BTC/USDT:USDT", "ETH/USDT:USDT"
 KEYS = {"apiKey": "the-key", "secret": "the-secret", "enableRateLimit": False, "timeout": 60_000}
 
 
 @pytest.fixture(scope="module")
 def panel():
-    return synthetic_panel(seed=11, bars=FIRST + 60, symbols=4)
+    return synthetic_panel(seed=11, bars=FIRST + 260, symbols=4)
 
 
 class Desk:
@@ -180,6 +182,50 @@ def test_stops_come_with_an_order_or_to_a_position(desk):
         exchange.private_post_v5_position_trading_stop({**own, "stopLoss": str(desk.price("0.75"))})
     exchange.private_post_v5_position_trading_stop({**own, "stopLoss": "0", "takeProfit": "0"})
     assert desk.position()["stopLossPrice"] is None
+
+
+def test_what_is_not_simulated_is_refused_and_never_ignored(desk):
+    exchange, price = desk.exchange, desk.price
+    desk.buy(500, stopLoss={"triggerPrice": price("0.8")})
+    before, own = desk.truth(), {"category": "linear", "symbol": "BTCUSDT", "positionIdx": 0}
+    amount, level = desk.amount(100), {"triggerPrice": price("0.7"), "price": price("0.69")}
+    refused = {
+        "trailingStop": lambda: exchange.create_order(
+            BTC, "market", "sell", amount, None, {"trailingAmount": str(price("0.05"))}),
+        "activePrice": lambda: exchange.private_post_v5_position_trading_stop({**own, "activePrice": str(price("1.1"))}),
+        "tpslMode Partial": lambda: exchange.create_order(
+            BTC, "market", "sell", amount, None, {"stopLossPrice": price("0.7"), "tradingStopEndpoint": True}),
+        "slTriggerBy": lambda: exchange.private_post_v5_position_trading_stop(
+            {**own, "stopLoss": str(price("0.7")), "tpslMode": "Full", "slTriggerBy": "MarkPrice"}),
+        "Partial": lambda: exchange.create_order(BTC, "limit", "buy", amount, price("0.9"), {"stopLoss": level}),
+        "cannot be amended": lambda: exchange.edit_order("", BTC, "limit", "buy", amount, price("0.9"), {
+            "orderLinkId": "a", "stopLoss": {"triggerPrice": price("0.7")}}),
+    }  # fmt: skip
+    for words, ask in refused.items():
+        with pytest.raises(ccxt.BadRequest, match=f"10001.*{words}"):
+            ask()
+        assert desk.truth() == before, words
+
+
+def test_lists_of_the_past_span_seven_days(desk):
+    exchange, day = desk.exchange, 24 * HOUR
+    first = desk.buy(500, clientOrderId="first")
+    waits = exchange.create_order(BTC, "limit", "buy", desk.amount(100), desk.price("0.5"), {"clientOrderId": "waits"})
+    exchange.cancel_order(waits["id"], BTC)
+    assert {each["clientOrderId"] for each in exchange.fetch_canceled_and_closed_orders(BTC)} == {"first", "waits"}
+    desk.advance(25)
+    assert {each["clientOrderId"] for each in exchange.fetch_canceled_and_closed_orders(BTC)} == {"first"}  # no fill, no trace
+    assert desk.find(waits)["status"] == "canceled"  # by its name it is found
+    desk.advance(7 * 24)
+    assert exchange.fetch_canceled_and_closed_orders(BTC) == []
+    assert exchange.fetch_my_trades(BTC) == []
+    [trade] = exchange.fetch_my_trades(BTC, desk.start_ms)  # from a start: the seven days after it
+    assert trade["order"] == first["id"]
+    second = desk.buy(300)
+    assert {each["order"] for each in exchange.fetch_my_trades(BTC, desk.start_ms)} == {first["id"]}  # and not the eighth
+    assert {each["order"] for each in exchange.fetch_my_trades(BTC)} == {second["id"]}
+    with pytest.raises(ccxt.BadRequest, match=r"10001.*7 days"):
+        exchange.fetch_my_trades(BTC, desk.start_ms, params={"endTime": desk.start_ms + 8 * day})
 
 
 def test_batches(desk):
@@ -333,6 +379,20 @@ def test_reduce_only_takes_no_more_than_there_is(desk):
     assert desk.position() is None
 
 
+@pytest.mark.parametrize("exempts", [True, False])
+def test_a_reduction_below_the_least_value_passes_or_not_as_one_chooses(desk, exempts):
+    desk.simulator.engines[USER].account.exempts_reductions = exempts
+    desk.buy(500)
+    least = desk.exchange.market(BTC)["limits"]["amount"]["min"]
+    assert least * desk.price() < 5
+    if exempts:
+        desk.exchange.create_order(BTC, "market", "sell", least, None, {"reduceOnly": True})
+        assert desk.position()["contracts"] < desk.amount(500)
+    else:
+        with pytest.raises(ccxt.InvalidOrder, match="110094"):
+            desk.exchange.create_order(BTC, "market", "sell", least, None, {"reduceOnly": True})
+
+
 def test_a_book_that_is_too_thin_fills_a_part(panel):
     with desk_of(panel, **{"paper.participation": 1e-6}) as desk:
         found = desk.find(desk.buy(9000))
@@ -433,6 +493,145 @@ def test_private_answers_have_the_shape_of_the_documentation(desk, root):
         answer = getattr(exchange, f"private_{verb}_v5_{path.replace('/', '_').replace('-', '_')}")(parameters)
         assert verb == "post" or answer["result"].get("list", answer["result"]), name
         matches(name, answer, without, beyond)
+
+
+def test_private_messages_have_the_shape_of_the_documentation(panel, root):
+    folder = root.parent / "shared" / "data" / "bybit" / "documentation_examples"
+    if not folder.is_dir():
+        pytest.skip("no market data found")
+    order = {**LINEAR, "side": "Buy", "orderType": "Market", "qty": "0.01"}
+
+    async def told(desk: Desk) -> tuple[dict[str, Any], dict[str, Any]]:
+        now_ms, heard = desk.simulator.pace.now_ms(), dict[str, Any]()
+        expires = now_ms + 10_000
+        sign = hmac.new(b"the-secret", f"GET/realtime{expires}".encode(), hashlib.sha256).hexdigest()
+        log_in = {"op": "auth", "args": ["the-key", expires, sign]}
+        topics = ["order", "execution", "execution.fast", "position", "wallet"]
+        async with aiohttp.ClientSession() as http, http.ws_connect(f"{desk.url}/v5/private") as private, http.ws_connect(
+                f"{desk.url}/v5/trade") as trade:
+            for line in (private, trade):
+                await line.send_json(log_in)
+                await line.receive_json()
+            await private.send_json({"op": "subscribe", "args": topics})
+            header = {"X-BAPI-TIMESTAMP": str(now_ms), "X-BAPI-RECV-WINDOW": "5000"}
+            await trade.send_json({"reqId": "r", "op": "order.create", "header": header, "args": [order]})
+            reply = await trade.receive_json()
+            while not set(topics) <= set(heard):
+                message = await private.receive_json(timeout=5)
+                heard[message.get("topic", "acknowledged")] = message
+        return heard, reply
+
+    with desk_of(panel, hurried=True) as desk:
+        heard, reply = asyncio.run(told(desk))
+    for name, topic, beyond in (("order.1", "order", NEWER), ("execution.1", "execution", ()),
+                                ("fast-execution.1", "execution.fast", ()), ("position.1", "position", ()),
+                                ("wallet.1", "wallet", ())):
+        example = json.loads((folder / f"websocket__private__{name}.response.json").read_text())
+        matches_example(example, heard[topic], ("MNT",), beyond)
+    matches_example(json.loads((folder / "websocket__trade__guideline.2.response.json").read_text()), reply)
+
+
+# ── Every call of the tables, by sync, async and pro ─────────────────────────────────────────────────────────────────
+LEVEL, NAMED, STOP = "triggerPrice", "clientOrderId", {"tradingStopEndpoint": True}
+CALLS: list[tuple[str, str, Any]] = [  # method of ccxt, path it must ask, arguments; `d` is the desk, `r` holds results by method
+    ("fetch_time", "GET market/time", lambda d, r: ()),
+    ("fetch_status", "GET system/status", lambda d, r: ()),
+    ("fetch_ohlcv", "GET market/kline", lambda d, r: (BTC, "1h", None, 1000)),
+    ("fetch_ohlcv", "GET market/kline", lambda d, r: (BTC, "4h", d.start_ms - 90 * HOUR, 7)),
+    ("fetch_ohlcv", "GET market/mark-price-kline", lambda d, r: (BTC, "1h", None, 5, {"price": "mark"})),
+    ("fetch_ohlcv", "GET market/index-price-kline", lambda d, r: (BTC, "1h", None, 5, {"price": "index"})),
+    ("fetch_tickers", "GET market/tickers", lambda d, r: ()),
+    ("fetch_tickers", "GET market/tickers", lambda d, r: ([BTC, ETH],)),
+    ("fetch_ticker", "GET market/tickers", lambda d, r: (BTC,)),
+    ("fetch_funding_rate", "GET market/tickers", lambda d, r: (BTC,)),
+    ("fetch_order_book", "GET market/orderbook", lambda d, r: (BTC, 50)),
+    ("fetch_trades", "GET market/recent-trade", lambda d, r: (BTC, None, 9)),
+    ("fetch_funding_rate_history", "GET market/funding/history", lambda d, r: (BTC, d.start_ms - 90 * HOUR)),
+    ("fetch_open_interest_history", "GET market/open-interest", lambda d, r: (BTC, "1h", None, 5)),
+    ("fetch_market_leverage_tiers", "GET market/risk-limit", lambda d, r: (BTC,)),
+    ("fetch_balance", "GET account/wallet-balance", lambda d, r: ()),
+    ("set_leverage", "POST position/set-leverage", lambda d, r: (3, BTC)),
+    ("fetch_leverage", "GET position/list", lambda d, r: (BTC,)),
+    ("set_position_mode", "POST position/switch-mode", lambda d, r: (True, ETH)),
+    ("set_margin_mode", "POST account/set-margin-mode", lambda d, r: ("cross",)),
+    ("fetch_trading_fee", "GET account/fee-rate", lambda d, r: (BTC,)),
+    ("fetch_trading_fees", "GET account/fee-rate", lambda d, r: ()),
+    ("create_order", "POST order/create", lambda d, r: (BTC, "market", "buy", 0.02, None, {NAMED: "market"})),
+    ("create_order", "POST order/create", lambda d, r: (BTC, "market", "sell", 0.005, None, {"reduceOnly": True})),
+    ("create_order", "POST order/create", lambda d, r: (BTC, "market", "sell", 0.01, None, {
+        LEVEL: d.price("0.8"), "triggerDirection": "descending", "triggerBy": "MarkPrice"})),
+    ("create_order", "POST order/create", lambda d, r: (BTC, "market", "sell", 0.01, None, {"stopLossPrice": d.price("0.7")})),
+    ("create_order", "POST order/create", lambda d, r: (BTC, "limit", "buy", 0.01, d.price("0.8"), {
+        "stopLoss": {LEVEL: d.price("0.7")}, "takeProfit": {LEVEL: d.price("1.3")}})),
+    ("create_order", "POST position/trading-stop", lambda d, r: (
+        BTC, "market", "sell", 0, None, {"stopLossPrice": d.price("0.6"), **STOP})),
+    ("create_order", "POST order/create", lambda d, r: (
+        BTC, "limit", "buy", 0.01, d.price("0.9"), {"postOnly": True, NAMED: "w"})),
+    ("edit_order", "POST order/amend", lambda d, r: (r["create_order"]["id"], BTC, "limit", "buy", 0.02, d.price("0.85"))),
+    ("fetch_open_orders", "GET order/realtime", lambda d, r: (BTC,)),
+    ("fetch_open_orders", "GET order/realtime", lambda d, r: (None, None, None, {"paginate": True})),
+    ("fetch_order", "GET order/realtime", lambda d, r: (r["create_order"]["id"], BTC, {"acknowledged": True})),
+    ("cancel_order", "POST order/cancel", lambda d, r: (r["create_order"]["id"], BTC)),
+    ("create_orders", "POST order/create-batch", lambda d, r: ([
+        {"symbol": BTC, "type": "limit", "side": "buy", "amount": 0.01, "price": d.price("0.9"), "params": {NAMED: name}}
+        for name in ("b1", "b2")],)),
+    ("edit_orders", "POST order/amend-batch", lambda d, r: ([
+        {"id": r["create_orders"][0]["id"], "symbol": BTC, "type": "limit", "side": "buy", "amount": 0.02}],)),
+    ("cancel_orders", "POST order/cancel-batch", lambda d, r: ([each["id"] for each in r["create_orders"]], BTC)),
+    ("cancel_all_orders", "POST order/cancel-all", lambda d, r: (BTC, {"trigger": True})),
+    ("cancel_all_orders", "POST order/cancel-all", lambda d, r: ()),
+    ("cancel_all_orders_after", "POST order/disconnected-cancel-all", lambda d, r: (10_000,)),
+    ("fetch_canceled_and_closed_orders", "GET order/history", lambda d, r: (BTC,)),
+    ("fetch_closed_orders", "GET order/history", lambda d, r: (BTC,)),
+    ("fetch_canceled_orders", "GET order/history", lambda d, r: (BTC,)),
+    ("fetch_my_trades", "GET execution/list", lambda d, r: (BTC,)),
+    ("fetch_order_trades", "GET execution/list", lambda d, r: (r["fetch_closed_orders"][0]["id"], BTC)),
+    ("fetch_funding_history", "GET execution/list", lambda d, r: (BTC,)),
+    ("fetch_positions", "GET position/list", lambda d, r: ()),
+    ("fetch_position", "GET position/list", lambda d, r: (BTC,)),
+    ("fetch_positions_history", "GET position/closed-pnl", lambda d, r: ([BTC],)),
+    ("fetch_ledger", "GET account/transaction-log", lambda d, r: ("USDT",)),
+]  # fmt: skip
+
+
+def called(panel, folder, kind) -> tuple[list[Any], list[list[str]]]:
+    "What the calls gave, and which paths each asked."
+    journal, results, found = folder / f"{kind.__module__}.jsonl", {}, []
+    simulator = unhurried(simulated(panel, int(panel.open_time_ms[FIRST]) + HOUR + 60_000), journal)
+
+    async def work(desk: Desk) -> None:
+        exchange = desk.client(kind)
+        try:
+            markets = exchange.load_markets()
+            await markets if asyncio.iscoroutine(markets) else None
+            for method, _, arguments in CALLS:
+                given = await asyncio.to_thread(arguments, desk, results)
+                before = simulator.journal.number
+                answer = getattr(exchange, method)(*given)
+                results[method] = await answer if asyncio.iscoroutine(answer) else answer
+                found.append((method, results[method], before, simulator.journal.number))
+        finally:
+            closing = exchange.close() if kind is not ccxt.bybit else None
+            await closing if closing else None
+
+    with serving(simulator) as url:
+        asyncio.run(work(Desk(simulator, url)))
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    asked = ([each for each in lines[before:after] if each["kind"] == "request"] for _, _, before, after in found)
+    paths = [[f"{each['method']} {each['path'].removeprefix('/v5/')}" for each in requests] for requests in asked]
+    return [(method, answer) for method, answer, _, _ in found], paths
+
+
+def test_every_call_of_the_tables_is_the_same_by_sync_async_and_pro(panel, tmp_path):
+    runs = [called(panel, tmp_path, kind) for kind in (ccxt.bybit, asynchronous.bybit, streaming.bybit)]
+    for (method, path, _), asked in zip(CALLS, runs[0][1], strict=True):
+        assert path in asked, (method, asked)
+    first = runs[0][0]
+    assert [method for method, answer in first if not answer] == ["fetch_funding_history"]  # nothing was settled yet
+    for answers, paths in runs[1:]:
+        assert paths == runs[0][1]
+        for (method, theirs), (_, ours) in zip(answers, first, strict=True):
+            assert theirs == ours, method
 
 
 # ── Async and pro ────────────────────────────────────────────────────────────────────────────────────────────────────

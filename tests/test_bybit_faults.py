@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from venues import HOUR, simulated
-from weather import FIRST, differences, quick_line, rounded, sent_names, stormy, truth_of, unhurried
+from venues import HOUR, quick_line, simulated, unhurried
 from xsmom_nb.errors import DataError
 from xsmom_nb.exchange.bybit import BybitExchange, paged, set_up
 from xsmom_nb.exchange.faults import FaultPlan, FaultRule
@@ -18,6 +17,8 @@ from xsmom_nb.exchange.protocol import ERRORS
 from xsmom_nb.exchange.server import serving
 from xsmom_nb.exchange.simulator import Simulator
 from xsmom_nb.market.synthetic import synthetic_panel
+from xsmom_nb.ops.storm import FIRST_BAR, rounded, storm_of
+from xsmom_nb.ops.truth import sent_names, truth_of, view_differences
 from xsmom_nb.ports import Instrument, OrderRequest, Submission, TransientError
 
 pytest.importorskip("ccxt", reason="no package ccxt found")
@@ -72,18 +73,18 @@ class Bench:
                             rounded(Decimal(notional) / mark, rules.quantity_step), price, "GTC" if at else "IOC", reduce_only)
 
     def require_truth(self) -> None:
-        assert differences(self.port, self.truth(), self.start_ms) == []
+        assert view_differences(self.port, self.truth(), self.start_ms) == []
 
 
 @pytest.fixture(scope="module")
 def panel():
-    return synthetic_panel(seed=11, bars=FIRST + 60, symbols=4)
+    return synthetic_panel(seed=11, bars=FIRST_BAR + 60, symbols=4)
 
 
 @pytest.fixture(scope="module")
 def opened(panel):
     "An account with two positions, one of them protected, and two orders that wait."
-    start_ms = int(panel.open_time_ms[FIRST]) + HOUR + 60_000
+    start_ms = int(panel.open_time_ms[FIRST_BAR]) + HOUR + 60_000
     simulator = unhurried(simulated(panel, start_ms))
     with serving(simulator) as url:
         line = quick_line(simulator, url, timeout=COLD_MS)
@@ -365,7 +366,7 @@ def test_somebody_trades_by_hand_meanwhile(bench):
 
 # ── All of it at once ────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_trader_in_bad_weather_ends_with_the_truth(tmp_path):
-    storm = stormy(faults=100, seed=random.Random("weather").randrange(1000), folder=tmp_path)
+    storm = storm_of(faults=100, seed=random.Random("weather").randrange(1000), folder=tmp_path)
     assert storm.faults >= 100
     assert min(storm.orders, storm.fills) >= 20
     assert len([kind for kind, count in storm.struck.items() if count]) >= 10

@@ -29,14 +29,14 @@ from xsmom_nb.errors import ConfigError, RefusedError, UsageError
 from xsmom_nb.files import canonical_json, sha256_bytes, write_atomically
 from xsmom_nb.live.desk import open_desk
 from xsmom_nb.optimizer.deploy import enter_stage, history, promote, rollback
-from xsmom_nb.optimizer.versions import VERSIONS, Criterion, live_config, read_version, write_version
+from xsmom_nb.optimizer.versions import VERSIONS, Finding, live_config, read_version, write_version
 from xsmom_nb.outbox import undelivered
 from xsmom_nb.state import State, check, open_state
 
 NOW = 1_743_487_200_000
 HOUR = 3_600_000
 OLD = "strategy: {kappa: 1.5} # June 2024: less was noise\n"
-MET = Criterion("min_dsr", 0.97, 0.95, ok=True, why="deflated Sharpe ratio")
+MET = Finding("min_dsr", 0.97, 0.95, ok=True, why="deflated Sharpe ratio")
 FACTS: dict[str, Any] = {"run_id": "20250401T060000Z-5f00aa", "code_digest": "ab" * 32, "data_digest": "cd" * 32}
 
 
@@ -202,7 +202,7 @@ def test_killed_at_every_point_it_is_the_old_config_or_the_new_one(tree, act, mo
             left.add(marks)
             found.hour = 70
             if found.kappa == 1.5:
-                found.promote(version)
+                found.promote(version, force=True, reason="once more")
             else:
                 found.rollback()
             assert check(found.state) == []
@@ -331,6 +331,8 @@ def test_an_edit_by_hand(tree):
         assert tree.everything() == before
     tree.rollback(reason="it lost")
     assert path.read_text() == OLD
+    with pytest.raises(RefusedError, match="it was taken back once, from stage small"):
+        tree.promote(version)
     kept = sorted((tree.configs / VERSIONS).glob("*.yaml"))[-1]
     assert "kappa: 2.5" in kept.read_text()
     path.write_text("strategy: {kappa: 1.25} # by hand\n")

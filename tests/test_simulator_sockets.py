@@ -3,13 +3,16 @@
 import asyncio
 import json
 import time
+from dataclasses import replace
 
 import aiohttp
 import pytest
+from xsmom_nb.exchange.absence import Absences
 from xsmom_nb.exchange.journal import Journal
+from xsmom_nb.exchange.limits import AddressGuard, AddressLimit
 from xsmom_nb.exchange.pace import Pace
 from xsmom_nb.exchange.private import EmptyAccount, Push, Reply
-from xsmom_nb.exchange.protocol import ApiKey, signature
+from xsmom_nb.exchange.protocol import ApiKey, Refusal, signature
 from xsmom_nb.exchange.public import Market
 from xsmom_nb.exchange.server import serving
 from xsmom_nb.exchange.simulator import Simulator, Terms
@@ -213,3 +216,53 @@ def test_what_makes_no_sense(running):
     assert missing["ret_msg"] == "error:handler not found,topic:kline.7.SYN01USDT"
     assert missing["req_id"] == "a"
     assert foreign["ret_msg"] == "Invalid symbol :[tickers.NOPE]"
+
+
+def test_connections_are_counted_and_idle_ones_cut(running):
+    simulator, url = running
+    simulator.door = AddressGuard(AddressLimit(3, 300_000, 300_000))
+    simulator.terms = replace(simulator.terms, idle_seconds=0.4)
+    simulator_ms = simulator.pace.now_ms()
+
+    async def work():
+        async with aiohttp.ClientSession() as client:
+            def line():
+                return Line(client, url, "/v5/public/linear", simulator_ms)
+
+            async with line() as pinging, line() as idle, line():
+                for _ in range(4):
+                    await asyncio.sleep(0.2)
+                    assert (await pinging.ask(op="ping"))["ret_msg"] == "pong"  # who says something is heard on
+                assert await idle.next() in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.ERROR)
+                with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                    async with line():
+                        pass
+                return refused.value.status
+
+    assert asyncio.run(work()) == 403
+
+
+def test_orders_of_who_is_gone_are_cancelled_where_that_was_asked_for(running):
+    simulator, url = running
+    gone = []
+    simulator.engines[1].cancel_all = lambda which, now_ms: gone.append(now_ms) or Reply({"list": [], "success": "1"})
+    begin_ms = simulator.pace.now_ms()
+
+    async def work():
+        async with aiohttp.ClientSession() as client:
+            for topics in (["order"], ["order", "dcp.future"]):
+                async with Line(client, url, "/v5/private", simulator.pace.now_ms()) as line:
+                    await line.log_in()
+                    assert (await line.ask(op="subscribe", args=topics))["success"]
+                await asyncio.sleep(0.05)
+                await line.side("advance", by_ms=9_000)
+                assert gone == []
+                await line.side("advance", by_ms=2_000)
+                assert bool(gone) == ("dcp.future" in topics)  # a socket that did not subscribe is not watched
+
+    simulator.absences.set_window(1, {"timeWindow": 10})
+    asyncio.run(work())
+    assert gone == [begin_ms + 22_000]
+    with pytest.raises(Refusal) as refused:  # by option, as for an account that is no institution
+        Absences(is_allowed=False).set_window(1, {"timeWindow": 10})
+    assert refused.value.code == 10005

@@ -9,14 +9,16 @@ from pathlib import Path
 from xsmom_nb.clock import SimulatedClock
 from xsmom_nb.config import Config, with_values
 from xsmom_nb.exchange.bybit import BybitExchange, set_up
-from xsmom_nb.exchange.line import Line, require_addresses, strict_client
+from xsmom_nb.exchange.journal import Journal
+from xsmom_nb.exchange.limits import AddressGuard
+from xsmom_nb.exchange.line import Line, RequestPace, require_addresses, strict_client
 from xsmom_nb.exchange.pace import Pace
 from xsmom_nb.exchange.paper import PaperExchange
 from xsmom_nb.exchange.protocol import ApiKey
 from xsmom_nb.exchange.public import Market
 from xsmom_nb.exchange.recorded import RecordedMarket
 from xsmom_nb.exchange.server import serving
-from xsmom_nb.exchange.simulator import Simulator
+from xsmom_nb.exchange.simulator import Simulator, Terms
 from xsmom_nb.exchange.tape import Tape
 from xsmom_nb.exchange.trading import TradingEngine
 from xsmom_nb.market.panel import Panel
@@ -70,6 +72,24 @@ def line_to(simulator: Simulator, url: str, **settings: object) -> Line:
     client = strict_client(simulator.pace, **given)
     require_addresses(client.urls["api"], is_simulator=True)
     return Line(client)
+
+
+def unhurried(simulator: Simulator, journal: Path | None = None) -> Simulator:
+    "The simulator without limits of rate, so that a test measures what it means to."
+    simulator.terms = Terms(rate_limits=False, address_limit=None)
+    simulator.guard = AddressGuard(None)
+    simulator.journal = Journal(journal)
+    return simulator
+
+
+def quick_line(simulator: Simulator, url: str, **settings: object) -> Line:
+    "A line that does not wait between requests."
+    line, seconds = line_to(simulator, url, **settings), [0.0]
+
+    def skip(wait: float) -> None:
+        seconds[0] += wait
+
+    return Line(line._client, RequestPace(lambda: seconds[0], skip))
 
 
 @contextmanager

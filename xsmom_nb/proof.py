@@ -35,14 +35,17 @@ class Proof:
     title: str
     notebook: str  # in `scheduled/`
     risk: str = ""  # `core`, `full`, or `defaults`: full, with the exits of the code's defaults; empty: as the config has it
+    takes_days: bool = True  # whether its length is a number of days
 
 
 PROOFS: dict[str, Proof] = {
     "parity-core": Proof("replay = backtest, without rules of risk", "proof_parity", "core"),
     "parity": Proof("replay = backtest, the config's rules of risk", "proof_parity", "full"),
     "parity-exits": Proof("replay = backtest, every exit of the defaults", "proof_parity", "defaults"),
-    "lookahead": Proof("nothing knows the future", "proof_lookahead"),
+    "lookahead": Proof("nothing knows the future", "proof_lookahead", takes_days=False),
     "replay": Proof("the live code over a quarter, its books balance", "proof_replay"),
+    "simulator": Proof("live on the simulator = live on paper", "proof_simulator"),
+    "weather": Proof("random faults change nothing that is known", "proof_weather", takes_days=False),
 }
 EXITS = ("atr_mult_sl", "catastrophic_atr_mult", "breakeven_after_r", "trail_atr_mult", "trail_after_r", "partial_tp_ladder")
 
@@ -114,10 +117,10 @@ def chosen(
 # %% ../nbs/96c_proof.ipynb #2e6cbf36
 @app.command("proof", epilog=examples(
     "xsmom proof                      # all of them, the better part of an hour",
-    "xsmom proof parity --days 7", "xsmom proof lookahead replay"))
+    "xsmom proof parity --days 7", "xsmom proof simulator weather"))
 def proof(
     what: Annotated[list[str] | None, typer.Argument(metavar="WHAT", help=f"{', '.join(PROOFS)}; else all.")] = None,
-    days: Annotated[int | None, typer.Option("--days", min=1, max=90, help="Length of replays; else 60 and 90.")] = None,
+    days: Annotated[int | None, typer.Option("--days", min=1, max=90, help="Length in days; else 60, 90 and 2.")] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     data: DataOption = None,
@@ -129,7 +132,7 @@ def proof(
     place = {"data": data or "", "dataset": dataset or ""}
     lines = []
     for name in names:
-        length = {"days": days} if days and PROOFS[name].notebook != "proof_lookahead" else {}
+        length = {"days": days} if days and PROOFS[name].takes_days else {}
         lines.append(prove(name, effective, {**place, **length}, as_json))
     if as_json:
         print_json({"ok": all(line.ok for line in lines), "proofs": [asdict(line) for line in lines]})

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .metrics import bar_returns, curve_metrics
+from .metrics import bar_returns, concentration, curve_metrics
 from .prepared import Prepared, plan_run, run_prepared
 from ..clock import bars_per_year
 from ..config import Config
@@ -28,16 +28,26 @@ class Outcome:
     place: int  # in the batch
     metrics: dict[str, float | None]
     returns: np.ndarray  # net, of each bar, shape (R,)
+    error: XsmomError | None = None  # why there are none
 
 # %% ../../nbs/backtest/03b_batch.ipynb #01cce6b5
-def _outcome(prepared: Prepared, config: Config, first: int, end: int | None, place: int) -> Outcome:
+def _outcome(prepared: Prepared, config: Config, first: int, end: int | None, place: int, weights: bool) -> Outcome:
     "Run one config."
-    series, _ = run_prepared(prepared, config, first, end, detailed=False)
+    series, _ = run_prepared(prepared, config, first, end, detailed=weights)
     returns, year = bar_returns(series.equity, config.backtest.initial_equity), bars_per_year(prepared.timeframe)
     costs = {name: float(getattr(series, name).sum()) for name in ("fees", "slippage", "funding")}
     metrics = curve_metrics(returns, year) | {
-        "turnover_per_year": float(series.turnover.mean() * year), "exposure": float(series.exposure.mean()), **costs}
+        "turnover_per_year": float(series.turnover.mean() * year), "exposure": float(series.exposure.mean()), **costs,
+        **({"concentration": concentration(series.weights)} if weights else {})}
     return Outcome(place, metrics, returns)
+
+
+def _attempt(prepared: Prepared, config: Config, first: int, end: int | None, place: int, weights: bool) -> Outcome:
+    "Run one config; an error of ours is what it came to."
+    try:
+        return _outcome(prepared, config, first, end, place, weights)
+    except XsmomError as error:
+        return Outcome(place, {}, np.full((prepared.shape[0] if end is None else end) - first, np.nan), error)
 
 # %% ../../nbs/backtest/03b_batch.ipynb #ec63324f
 def require_sound(
@@ -58,12 +68,16 @@ def iterate_batch(
     first: int = 0,  # row of the first decision
     end: int | None = None,  # the row after the last; None: all
     threads: int | None = None,  # None: one for each core
+    strict: bool = True,  # refuse the batch for one config that cannot run; else its outcome is the error
+    weights: bool = False,  # keep the weights long enough to say how concentrated they were
 ) -> Iterator[Outcome]:  # in the order in which they finish
     "Run a batch and give each outcome as soon as it is there; who stops taking them stops the batch."
-    require_sound(prepared, configs)
+    if strict:
+        require_sound(prepared, configs)
+    run = _outcome if strict else _attempt
     workers = threads or os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
-        pending = [pool.submit(_outcome, prepared, config, first, end, place) for place, config in enumerate(configs)]
+        pending = [pool.submit(run, prepared, config, first, end, place, weights) for place, config in enumerate(configs)]
         try:
             for future in as_completed(pending):
                 yield future.result()

@@ -42,6 +42,7 @@ def _size_refusal(
     request: OrderRequest,
     instrument: Instrument,
     ticker: Ticker,
+    exempts: bool,
 ) -> str | None:
     "Why this price or quantity does not fit the contract's rules."
     quantity, price, rules = request.quantity, request.price, instrument
@@ -57,7 +58,7 @@ def _size_refusal(
     if price is not None and price % rules.price_tick:
         return f"10001 Price invalid: {price} is no multiple of the tick {rules.price_tick}"
     notional = quantity * _expected_price(request, ticker)
-    if notional < rules.min_notional and not request.reduce_only:
+    if notional < rules.min_notional and not (exempts and request.reduce_only):
         return f"110094 Order does not meet minimum order value: {notional} below {rules.min_notional} {rules.quote}"
     return None
 
@@ -111,11 +112,12 @@ def refusal(
     books: Books,  # marked at present prices
     is_known: bool,  # whether an order of this name was accepted before
     leverage: Leverage,  # as it was set; the contract's own limit may be lower
+    exempts_reductions: bool = True,  # whether what can only reduce may be worth less than the minimum; of Bybit it is not known
 ) -> str | None:  # the exchange's number and words; None: it is accepted
     "Why an order is not accepted."
     if (reason := _market_refusal(request, instrument, ticker)) or instrument is None or ticker is None:
         return reason
-    if reason := _size_refusal(request, instrument, ticker):
+    if reason := _size_refusal(request, instrument, ticker, exempts_reductions):
         return reason
     if is_known:
         return f"110072 duplicate link id: {request.link_id} was accepted before"

@@ -143,6 +143,7 @@ class VenueAccount:
     closed: list[ClosedProfit] = field(default_factory=list)
     news: list[News] = field(default_factory=list)  # not yet told
     placed: int = 0  # orders and conditions so far
+    exempts_reductions: bool = True  # whether an order that can only reduce may be worth less than the minimum
 
 # %% ../../nbs/exchange/06b_engine.ipynb #efc66779
 def open_account(

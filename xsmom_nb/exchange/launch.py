@@ -79,6 +79,6 @@ def simulator_on(
     spread_bps, panel, inner = config.paper.spread_bps, scene.panel, scene.inner
     engine = TradingEngine(lambda clock: RecordedMarket(panel, clock, spread_bps, inner), config, scene.start_ms, chosen)
     pace = Pace(scene.start_ms, time.monotonic, speed, mode, scene.end_ms)
-    terms = Terms(chosen) if limits else Terms(chosen, rate_limits=False, address_limit=None)
+    terms = Terms(chosen) if limits else Terms(chosen, rate_limits=False, address_limit=None, socket_limit=None)
     market, keys = Market(Tape(panel, inner), spread_bps), [ApiKey(key, secret, user=USER)]
     return Simulator(market, pace, keys, {USER: engine}, terms, journal)

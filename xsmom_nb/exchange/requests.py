@@ -151,7 +151,7 @@ def place(
         return Reply.refused(request)
     instrument, ticker, depth = met(account.market, request, account.config, now_ms)
     known = request.link_id in account.links
-    reason = refusal(request, instrument, ticker, marked_books(account), known, leverage_of(account))
+    reason = refusal(request, instrument, ticker, marked_books(account), known, leverage_of(account), account.exempts_reductions)
     waiting = [each for each in account.waiting.values() if each.order.symbol == wanted.symbol]
     if not reason and len(waiting) >= MAX_OPEN_ORDERS:
         reason = f"110020 Not allowed to have more than {MAX_OPEN_ORDERS} active orders"
@@ -305,7 +305,7 @@ def _amend_order(account: VenueAccount, found: VenueOrder, changed: VenueOrder, 
     instrument, ticker, depth = met(account.market, request, account.config, now_ms)
     books = marked_books(account)
     others = replace(books, orders={link: each for link, each in books.orders.items() if link != inside.link_id})
-    reason = refusal(request, instrument, ticker, others, False, leverage_of(account))
+    reason = refusal(request, instrument, ticker, others, False, leverage_of(account), account.exempts_reductions)
     if reason or not (instrument and depth):
         return Reply.refused(reason or _TOO_LATE)
     step = amended(account.books, inside, changed.order.quantity, changed.order.price, depth, instrument, account.venue, now_ms)

@@ -19,6 +19,7 @@ from aiohttp import WSMsgType
 from aiohttp import web
 
 from ..errors import UsageError
+from .absence import WATCHED_TOPIC
 from .broadcast import Socket
 from .broadcast import acknowledged
 from .broadcast import pong
@@ -42,6 +43,7 @@ from .simulator import refused
 from .simulator import side_answer
 from .topics import is_private_topic
 from .topics import topic_of
+from .venue import venue_id
 from .wire import Json
 
 # %% auto #0
@@ -270,7 +272,11 @@ async def socket(
     kind: Socket,
 ) -> web.WebSocketResponse:
     "Serve one connection until it ends."
-    line = web.WebSocketResponse(autoping=True, compress=False, max_msg_size=2**20)
+    simulator = server.simulator
+    if simulator.door.is_blocked(request.remote or "", simulator.pace.line_ms()):
+        raise web.HTTPForbidden(text="access too frequent")
+    line = web.WebSocketResponse(
+        autoping=True, compress=False, max_msg_size=2**20, receive_timeout=simulator.terms.idle_seconds)
     await line.prepare(request)
     name = f"c{server.simulator.number('connection')}"
     session = Session(kind, name, request.remote or "", line, request.transport)
@@ -281,7 +287,11 @@ async def socket(
         async for message in line:
             if message.type == WSMsgType.TEXT:
                 heard(server, session, message.data)
+    except TimeoutError:
+        session.cut()  # nothing was heard for too long, not even a ping
     finally:
+        if WATCHED_TOPIC in session.topics and session.key is not None:
+            simulator.absences.left(session.key.user, simulator.pace.now_ms())
         writer.cancel()
         server.sessions.pop(session, None)
         for topic in session.topics if kind == "public" else ():
@@ -351,7 +361,13 @@ def _subscribe(server: Server, session: Session, request: Json, is_silent: bool)
         session.put(as_text(acknowledged(session.kind, request, session.name)))
     simulator.journal.note("socket", simulator.pace.now_ms(), connection=session.name, what=request["op"], topics=names)
     fresh = [topic for topic in found if (topic.name in session.topics) == (request["op"] == "unsubscribe")]
+    was_watched = WATCHED_TOPIC in session.topics
     session.topics = session.topics | set(names) if request["op"] == "subscribe" else session.topics - set(names)
+    if session.key is not None and was_watched != (WATCHED_TOPIC in session.topics):
+        if was_watched:
+            simulator.absences.left(session.key.user, simulator.pace.now_ms())
+        else:
+            simulator.absences.arrived(session.key.user)
     for topic in fresh:
         if request["op"] == "unsubscribe":
             simulator.hub.leave(topic)
@@ -377,9 +393,9 @@ def _trade(server: Server, session: Session, request: Json, now_ms: int) -> None
         answer = asked_by(simulator, session.key, path, endpoint, arguments[0], now_ms)
     except Refusal as refusal:
         answer = refused(refusal, now_ms)
-    said = json.loads(answer.text)
+    said, trace = json.loads(answer.text), venue_id(simulator.terms.seed, f"trace-{simulator.number('trace')}").replace("-", "")
     reply = {"retCode": said["retCode"], "retMsg": said["retMsg"], "op": request["op"], "data": said.get("result", {}),
-             "retExtInfo": said.get("retExtInfo", {}), "header": {**answer.headers, "Timenow": str(now_ms)},
+             "retExtInfo": said.get("retExtInfo", {}), "header": {**answer.headers, "Traceid": trace, "Timenow": str(now_ms)},
              "connId": session.name}
     if "reqId" in request:
         reply = {"reqId": request["reqId"], **reply}

@@ -102,5 +102,5 @@ def heard_as(
     name = topic.removesuffix(".linear")
     if name == "execution.fast" and outgoing.topic == "execution":
         rows = [{key: row.get(key, "") for key in _FAST_KEYS} for row in outgoing.message["data"]]
-        return {**outgoing.message, "topic": topic, "data": rows}
+        return {"topic": topic, "creationTime": outgoing.message["creationTime"], "data": rows}
     return {**outgoing.message, "topic": topic} if name == outgoing.topic else None

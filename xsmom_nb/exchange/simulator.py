@@ -16,6 +16,8 @@ from urllib.parse import parse_qsl
 
 from ..clock import format_utc
 from ..errors import UsageError
+from .absence import WINDOW_PATH
+from .absence import Absences
 from .broadcast import private_message
 from .faults import Fault
 from .faults import FaultPlan
@@ -98,6 +100,7 @@ def as_text(value: Json) -> str:
 
 # %% ../../nbs/exchange/13_simulator.ipynb #2a722f11
 _BYBITS = AddressLimit()
+_SOCKETS = AddressLimit(500, 300_000, 300_000)  # connections; a refused one counts as well
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,9 @@ class Terms:
     push_ms: int = 60_000  # how often the streams say what is new, simulated ms
     rate_limits: bool = True  # whether limits for each user and endpoint are kept
     address_limit: AddressLimit | None = _BYBITS  # None: everybody may ask as often as they like
+    socket_limit: AddressLimit | None = _SOCKETS  # how often an address may connect to a stream; None: as often as it likes
+    idle_seconds: float = 600.0  # after which a socket that says nothing is cut, wall time
+    cancels_for_absent: bool = True  # whether accounts may have their orders cancelled when their socket is gone
 
     def __post_init__(self) -> None:
         if self.push_ms <= 0 or 300_000 % self.push_ms:
@@ -135,9 +141,9 @@ class Simulator:
             begin, end, start = map(format_utc, (market.tape.start_ms, market.tape.end_ms, pace.now_ms()))
             raise UsageError(f"the clock starts at {start}, the recording covers {begin} to {end}; start within")
         self.hub, self.limits = Hub(market, pace.now_ms()), RateLimits()
-        self.guard, self.plan = AddressGuard(self.terms.address_limit), FaultPlan(self.terms.seed)
-        self.outgoing: list[Outgoing] = []
-        self.told_ms, self._numbers = pace.now_ms(), dict[str, int]()
+        self.guard, self.door = AddressGuard(self.terms.address_limit), AddressGuard(self.terms.socket_limit)
+        self.plan, self.absences = FaultPlan(self.terms.seed), Absences(self.terms.cancels_for_absent)
+        self.told_ms, self._numbers, self.outgoing = pace.now_ms(), dict[str, int](), list[Outgoing]()
 
     def next_due_ms(self) -> int:
         "When something happens next, UTC ms."
@@ -155,6 +161,8 @@ class Simulator:
         "Tell every account the time."
         for user, engine in self.engines.items():
             self.say(user, engine.advance(now_ms), now_ms)
+            if self.absences.is_over(user, now_ms):
+                self.say(user, engine.cancel_all({"category": "linear", "settleCoin": "USDT"}, now_ms).pushes, now_ms)
 
     def number(self, name: str) -> int:
         "Count upwards, from 1."
@@ -167,8 +175,7 @@ class Simulator:
         order = sorted(range(len(pushes)), key=lambda i: draw(self.terms.seed, f"push {i}", turn)) if turn else range(len(pushes))
         waiting = {push.topic: iter([each.rows for each in pushes if each.topic == push.topic]) for push in pushes}
         for i in order:
-            topic = pushes[i].topic
-            rows = next(waiting[topic])
+            topic, rows = pushes[i].topic, next(waiting[pushes[i].topic])
             message_id = f"{user}_{topic}_{self.number('message')}"
             self.journal.note("push", now_ms, user=user, topic=topic, rows=list(rows))
             self.outgoing.append(Outgoing(topic, private_message(topic, rows, message_id, now_ms), user))
@@ -275,6 +282,8 @@ def asked_by(
         meddled = engine.meddle(fault.parameters["name"], fault.parameters["parameters"], now_ms)
         simulator.say(key.user, meddled.pushes, now_ms)
     try:
+        if path == WINDOW_PATH:
+            simulator.absences.set_window(key.user, parameters)
         done = served(path, endpoint, engine, key, parameters, now_ms, granted, until_ms)
     except Refusal as refusal:
         return refused(refusal, now_ms, headers)

@@ -5,13 +5,13 @@
 # %% ../../nbs/exchange/14b_trading.ipynb #ed601b65
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from decimal import Decimal, InvalidOperation
+from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any, cast
 
 from ..clock import SimulatedClock
 from ..config import Config
+from .asked import amount_of, choice_of, fits, levels_of, named, placement_of, span_of, within
 from .books import ZERO, deposited
 from xsmom_nb.exchange.engine import (
     MarginMode,
@@ -30,7 +30,6 @@ from .private import Push
 from .private import Reply as Told
 from .protocol import Refusal
 from xsmom_nb.exchange.requests import (
-    Placement,
     Reply,
     amend,
     cancel,
@@ -54,91 +53,12 @@ from xsmom_nb.exchange.told import (
     transaction_json,
     wallet_json,
 )
-from .venue import Execution, Terms, VenueOrder, slot_of, symbol_of
+from .venue import Execution, VenueOrder, slot_of, symbol_of
 from .wire import Json, number
-from ..ports import Instrument, OrderType, QuotePort, Side, TimeInForce
+from ..ports import Instrument, QuotePort
 
 # %% auto #0
-__all__ = ['amount_of', 'choice_of', 'placement_of', 'named', 'told_of', 'realized_of', 'meddled', 'truth_of', 'TradingEngine']
-
-# %% ../../nbs/exchange/14b_trading.ipynb #33dd93e0
-def amount_of(
-    parameters: Json,
-    key: str,
-    needed: bool = False,
-) -> Decimal | None:  # None: it was not given
-    "A parameter that is an amount; raises `Refusal`."
-    given = parameters.get(key)
-    if given in (None, ""):
-        if needed:
-            raise Refusal(10001, f"params error: {key} is required")
-        return None
-    try:
-        amount = Decimal(str(given))
-    except InvalidOperation as error:
-        raise Refusal(10001, f"params error: {key} invalid") from error
-    if not amount.is_finite() or amount < 0:
-        raise Refusal(10001, f"params error: {key} invalid")
-    return amount
-
-
-def choice_of(
-    parameters: Json,
-    key: str,
-    choices: Iterable[str],
-    otherwise: str | None = None,  # where it was not given; None: it must be
-) -> str:
-    "A parameter that is one of several words; raises `Refusal`."
-    given = str(parameters.get(key) or otherwise)
-    if given not in choices:
-        raise Refusal(10001, f"params error: {key} invalid")
-    return given
-
-# %% ../../nbs/exchange/14b_trading.ipynb #fcf52cd1
-_INDEXES = ("0", "1", "2")
-
-
-def placement_of(
-    parameters: Json,
-) -> Placement:
-    "An order from the parameters of `order/create`; raises `Refusal`."
-    side = cast(Side, choice_of(parameters, "side", ("Buy", "Sell")))
-    kind = cast(OrderType, choice_of(parameters, "orderType", ("Limit", "Market")))
-    quantity = amount_of(parameters, "qty", needed=True)
-    price = amount_of(parameters, "price", needed=kind == "Limit") if kind == "Limit" else None
-    if not quantity or price == 0:
-        raise Refusal(10001, "Qty invalid" if not quantity else "Price invalid")
-    force = choice_of(parameters, "timeInForce", ("GTC", "PostOnly", "IOC", "FOK"), "IOC" if kind == "Market" else "GTC")
-    trigger = amount_of(parameters, "triggerPrice") or None
-    direction = int(parameters.get("triggerDirection") or 0)
-    if trigger is not None and direction not in (1, 2):
-        raise Refusal(10001, "params error: TriggerDirection invalid")
-    index = choice_of({"positionIdx": str(parameters.get("positionIdx") or 0)}, "positionIdx", _INDEXES)
-    link_id = str(parameters.get("orderLinkId") or "")
-    if len(link_id) > 36:
-        raise Refusal(10001, "OrderLinkID invalid: at most 36 characters")
-    terms = Terms(
-        link_id, int(index), close_on_trigger=bool(parameters.get("closeOnTrigger")),
-        take_profit=amount_of(parameters, "takeProfit") or None, stop_loss=amount_of(parameters, "stopLoss") or None)
-    if trigger is not None:
-        by = str(parameters.get("triggerBy") or "LastPrice")
-        terms = replace(terms, trigger_price=trigger, trigger_direction=direction, trigger_by=by, stop_type="Stop")
-    return Placement(str(parameters["symbol"]), side, kind, quantity, price, cast(TimeInForce, force),
-                     bool(parameters.get("reduceOnly")) or terms.close_on_trigger, terms)
-
-# %% ../../nbs/exchange/14b_trading.ipynb #7dea6304
-def _fits(
-    row: Json,
-    query: Json,
-    time_key: str,
-    **keys: str,  # of the row, by the query's name for them
-) -> bool:
-    "Whether a row is among those that were asked for."
-    for asked, key in keys.items():
-        if query.get(asked) and str(row.get(key, "")) != str(query[asked]):
-            return False
-    time_ms = int(row[time_key])
-    return int(query.get("startTime") or 0) <= time_ms <= int(query.get("endTime") or 2**62)
+__all__ = ['told_of', 'realized_of', 'meddled', 'truth_of', 'TradingEngine']
 
 # %% ../../nbs/exchange/14b_trading.ipynb #94ed1947
 class _Counter:
@@ -190,16 +110,6 @@ class _Counter:
                              leverage_of(account)(slot),
                              profit.price if profit else None, ZERO, account.clock.now_ms())
 
-# %% ../../nbs/exchange/14b_trading.ipynb #418ef3f4
-def named(
-    parameters: Json,
-) -> tuple[str, str]:
-    "The names by which an order is meant: the exchange's and the client's; raises `Refusal` where there is neither."
-    order_id, link_id = str(parameters.get("orderId") or ""), str(parameters.get("orderLinkId") or "")
-    if not order_id and not link_id:
-        raise Refusal(10001, "params error: orderId or orderLinkId is required")
-    return order_id, link_id
-
 # %% ../../nbs/exchange/14b_trading.ipynb #9655d461
 class _Changes(_Counter):
     "Orders, stops, settings."
@@ -212,6 +122,8 @@ class _Changes(_Counter):
 
     def amend_order(self, change: Json, now_ms: int) -> Told:
         "Change an open order."
+        if change.get("takeProfit") or change.get("stopLoss"):
+            raise Refusal(10001, "params error: takeProfit and stopLoss of a waiting order cannot be amended here; cancel it")
         numbers = (amount_of(change, key) or None for key in ("qty", "price", "triggerPrice"))
         return self.answer(amend(self.at(now_ms), change["symbol"], *named(change), *numbers))
 
@@ -228,8 +140,8 @@ class _Changes(_Counter):
 
     def set_trading_stop(self, stop: Json, now_ms: int) -> Told:
         "Set, move or take away the levels of a position."
-        levels = amount_of(stop, "stopLoss"), amount_of(stop, "takeProfit")
-        return self.answer(set_trading_stop(self.at(now_ms), stop["symbol"], int(stop.get("positionIdx") or 0), *levels))
+        index = int(stop.get("positionIdx") or 0)
+        return self.answer(set_trading_stop(self.at(now_ms), stop["symbol"], index, *levels_of(stop)))
 
     def set_leverage(self, leverage: Json, now_ms: int) -> Told:
         "Set a symbol's leverage."
@@ -248,32 +160,40 @@ class _Changes(_Counter):
         return self.answer(set_margin_mode(self.at(now_ms), wanted), reasons=[])
 
 # %% ../../nbs/exchange/14b_trading.ipynb #cade6c3f
+_UNFILLED_KEPT_MS = 86_400_000  # how long an order of which nothing filled is in the history
+
+
+def _is_kept(ended: VenueOrder, now_ms: int) -> bool:
+    "Whether the history still has an order that has ended."
+    return bool(ended.order.filled_quantity) or ended.order.updated_ms >= now_ms - _UNFILLED_KEPT_MS
+
+
 class _OrderLists(_Counter):
     "Orders and what became of them."
 
     def open_orders(self, query: Json, now_ms: int) -> Sequence[Json]:
         "Open orders; by name also those that have ended."
         account, by_name = self.at(now_ms), query.get("orderId") or query.get("orderLinkId")
-        return self._orders((account.orders if by_name else account.waiting).values(), query, "createdTime")
+        return self._orders(list((account.orders if by_name else account.waiting).values())[::-1], query)
 
     def order_history(self, query: Json, now_ms: int) -> Sequence[Json]:
         "Orders that have ended."
-        return self._orders([each for each in self.at(now_ms).orders.values() if not each.is_open], query, "updatedTime")
+        ended = sorted((each for each in self.at(now_ms).orders.values() if not each.is_open and _is_kept(each, now_ms)),
+                       key=lambda each: each.order.updated_ms)
+        return self._orders(within(ended, lambda each: each.order.updated_ms, span_of(query, now_ms)), query)
 
-    def _orders(self, orders: Iterable[VenueOrder], query: Json, time_key: str) -> list[Json]:
-        rows = [order_json(each, self.rules(each.order.symbol)) for each in orders]
-        wanted = [row for row in rows if _fits(row, query, time_key, symbol="symbol", orderId="orderId",
-                                               orderLinkId="orderLinkId",
-                                               orderStatus="orderStatus")]
+    def _orders(self, orders: Sequence[VenueOrder], query: Json) -> list[Json]:
+        names = {"symbol": "symbol", "orderId": "orderId", "orderLinkId": "orderLinkId", "orderStatus": "orderStatus"}
+        wanted = [row for each in orders if fits(row := order_json(each, self.rules(each.order.symbol)), query, **names)]
         if query.get("orderFilter"):
             wanted = [row for row in wanted if (row["stopOrderType"] == "") == (query["orderFilter"] == "Order")]
-        return wanted[::-1]
+        return wanted
 
     def executions(self, query: Json, now_ms: int) -> Sequence[Json]:
         "What was done to positions."
-        rows = [execution_json(each, self.rules(each.fill.symbol)) for each in self.at(now_ms).executions]
+        found = within(self.at(now_ms).executions, lambda each: each.fill.time_ms, span_of(query, now_ms))
         names = {"symbol": "symbol", "orderId": "orderId", "orderLinkId": "orderLinkId", "execType": "execType"}
-        return [row for row in rows if _fits(row, query, "execTime", **names)][::-1]
+        return [row for each in found if fits(row := execution_json(each, self.rules(each.fill.symbol)), query, **names)]
 
     def positions(self, query: Json, now_ms: int) -> Sequence[Json]:
         "What is held; of a symbol that is named also nothing."
@@ -289,13 +209,13 @@ class _AccountLists(_Counter):
 
     def closed_profits(self, query: Json, now_ms: int) -> Sequence[Json]:
         "What closing brought."
-        rows = [closed_json(each, self.rules(each.symbol)) for each in self.at(now_ms).closed]
-        return [row for row in rows if _fits(row, query, "updatedTime", symbol="symbol")][::-1]
+        found = within(self.at(now_ms).closed, lambda each: each.created_ms, span_of(query, now_ms))
+        return [row for each in found if fits(row := closed_json(each, self.rules(each.symbol)), query, symbol="symbol")]
 
     def transactions(self, query: Json, now_ms: int) -> Sequence[Json]:
         "Movements of the wallet."
-        rows = [transaction_json(each, self._quote) for each in self.at(now_ms).transactions]
-        return [row for row in rows if _fits(row, query, "transactionTime", symbol="symbol", type="type")][::-1]
+        found = within(self.at(now_ms).transactions, lambda each: each.time_ms, span_of(query, now_ms))
+        return [row for each in found if fits(row := transaction_json(each, self._quote), query, symbol="symbol", type="type")]
 
     def fee_rates(self, query: Json, now_ms: int) -> Sequence[Json]:
         "Fees of one symbol, or of all."

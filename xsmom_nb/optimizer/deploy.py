@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..clock import format_utc
 from ..compiled import source_digest
 from ..config import Config, Difference, config_digest, flatten, read_environment, require_built
 from ..deployments import Deployment, Step, deploying, deployments, find_deployment, settle_locked, steps, take_step
@@ -118,6 +119,7 @@ def require_in_force(
 def objections(
     evidence: Evidence,
     config: Config,  # that is live
+    deployed: Deployment | None,  # what became of it, if it was deployed before
 ) -> list[str]:  # sentences; empty: the gate has approved it against what is live
     "What speaks against a version."
     said = [str(each) for each in evidence.verdict if not each.ok]
@@ -125,19 +127,22 @@ def objections(
         said.insert(0, "the gate has not approved it")
     if evidence.origin == "optimizer" and (other := changed_settings(evidence.baseline, config)):
         said.append(f"it was judged against another config than the one that is live ({listed(other)})")
+    if deployed is not None and deployed.status == "rolled_back":
+        said.append(f"it was taken back once, from stage {deployed.stage} that it had entered at {format_utc(deployed.since_ms)}")
     return said
 
 
 def require_approval(
     evidence: Evidence,
     config: Config,  # that is live
+    deployed: Deployment | None,  # what became of it, if it was deployed before
     force: bool,
     reason: str,
 ) -> str:  # the reason, with what was overruled
     "Raise `RefusedError` for a version that the gate refuses, unless somebody insists and says why."
     if force and not reason.strip():
         raise UsageError("--force overrules the gate and is kept with its reason; expected --reason with a sentence")
-    against = objections(evidence, config)
+    against = objections(evidence, config, deployed)
     if against and not force:
         raise RefusedError(f"{evidence.version} is not deployed: {'; '.join(against)}; run the optimizer again, or overrule it "
                            "with --force --reason TEXT")
@@ -252,7 +257,9 @@ def promote(
         require_built(chosen.config)
         require_same_account(chosen, config)
         require_in_force(chosen, changes, os.environ if environ is None else environ)
-        word = require_approval(chosen.evidence, config, force, reason)
+        with state.read() as connection:
+            before = next((each for each in deployments(connection) if each.version == chosen.evidence.version), None)
+        word = require_approval(chosen.evidence, config, before, force, reason)
         return _put(state, folder, current, chosen, into, who, word, now_ms)
 
 # %% ../../nbs/optimizer/08b_deploy.ipynb #478eb1cf

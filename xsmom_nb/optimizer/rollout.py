@@ -18,7 +18,7 @@ from ..database import sql
 from ..deployments import Deployment, settle, steps
 from ..errors import RefusedError
 from .deploy import Current, enter_stage, read_current, rollback
-from .versions import Criterion, listed
+from .versions import Finding, listed
 from ..outbox import emit
 from ..state import State
 
@@ -103,7 +103,7 @@ class Ruling:
     stage: str
     action: Action
     next_stage: str  # where it goes; the same where it stays, empty where it is taken back
-    criteria: tuple[Criterion, ...]
+    criteria: tuple[Finding, ...]
 
     @property
     def why(self) -> str:
@@ -120,11 +120,11 @@ class Ruling:
 WAITING = ("hours", "untouched")  # criteria for which one waits; all others break a rollout
 
 
-def _at_most(name: str, value: float | None, limit: float, why: str) -> Criterion:
+def _at_most(name: str, value: float | None, limit: float, why: str) -> Finding:
     "A criterion with an upper limit; a value that is missing, or NaN, is not known."
     if value is None or math.isnan(value):
-        return Criterion(name, None, limit, None, f"{why}: it was not measured")
-    return Criterion(name, value, limit, value <= limit, why)
+        return Finding(name, None, limit, None, f"{why}: it was not measured")
+    return Finding(name, value, limit, value <= limit, why)
 
 # %% ../../nbs/optimizer/09_rollout.ipynb #a61d3aee
 FEWEST_FILLS = 20
@@ -133,13 +133,13 @@ FEWEST_FILLS = 20
 def fill_error(
     facts: Facts,
     config: Config,  # `optimizer.stress.slippage_range`
-) -> Criterion:
+) -> Finding:
     "Whether fills cost more than the most that the version was tested with."
     most = config.optimizer.stress.slippage_range[1]
     why = f"realised slippage against {most:g} times the modelled one, bps, and two standard errors"
     known = facts.slippage_bps, facts.modelled_slippage_bps, facts.slippage_error_bps
     if facts.fills < FEWEST_FILLS or any(each is None for each in known):
-        return Criterion("fill_error", facts.slippage_bps, None, None, f"{why}: {facts.fills} fills, {FEWEST_FILLS} are needed")
+        return Finding("fill_error", facts.slippage_bps, None, None, f"{why}: {facts.fills} fills, {FEWEST_FILLS} are needed")
     realised, modelled, error = (float(each or 0.0) for each in known)
     return _at_most("fill_error", realised, most * modelled + 2.0 * error, why)
 
@@ -152,21 +152,21 @@ def risk_criteria(
     hours: float,  # in the stage
     is_last: bool,  # whether it is the last stage
     config: Config,  # `rollout`
-) -> list[Criterion]:
+) -> list[Finding]:
     "Whether the account was hurt in the stage."
     limit = config.rollout.rollback_drawdown_pct
     if is_last and hours > WATCHED_HOURS:
-        drawdown = Criterion("drawdown", facts.drawdown_pct, None, ok=True, why="left to the kill switch after thirty days")
+        drawdown = Finding("drawdown", facts.drawdown_pct, None, ok=True, why="left to the kill switch after thirty days")
     else:
         drawdown = _at_most("drawdown", facts.drawdown_pct, limit, "from the highest equity of the stage, %")
     said = {True: "it acted", False: "it did not act", None: "it is not known whether it acted"}[facts.killed]
-    return [drawdown, Criterion("kill_switch", said, "not reached", None if facts.killed is None else not facts.killed,
+    return [drawdown, Finding("kill_switch", said, "not reached", None if facts.killed is None else not facts.killed,
                                 "kill switch in this stage")]
 
 
 def expected_returns(
     facts: Facts,
-) -> Criterion:
+) -> Finding:
     "Whether the version has ever earned so little that chance is no explanation."
     limit = 1.0 / FALSE_ALARM
     why = f"sequential test of live against expected returns, false alarm {FALSE_ALARM:.0%} in a lifetime"
@@ -191,7 +191,7 @@ def judge(
     number, limits = names.index(stage), config.rollout
     least = float(stages[number][2])
     criteria = (
-        Criterion("hours", hours, least, hours >= least, "least hours in this stage"),
+        Finding("hours", hours, least, hours >= least, "least hours in this stage"),
         _at_most("parity", facts.parity_bps_per_day, limits.max_parity_bps_per_day, "unexplained by the ledger, bps a day"),
         *risk_criteria(facts, hours, number == len(stages) - 1, config),
         fill_error(facts, config),
@@ -244,7 +244,7 @@ def step_rollout(
                            f"{version.stage}; measure that one")
     ruling = judge(version.stage, (now_ms - version.since_ms) / 3_600_000, facts, current.config or Config())
     if current.edits or current.config is None:
-        edited = Criterion("untouched", listed(current.edits) if current.edits else current.trouble, "no edit by hand", ok=False,
+        edited = Finding("untouched", listed(current.edits) if current.edits else current.trouble, "no edit by hand", ok=False,
                            why="the live config was edited by hand while it is watched; undo it")
         action: Action = "roll_back" if ruling.action == "roll_back" else "stay"
         ruling = Ruling(ruling.version, ruling.stage, action, "" if action == "roll_back" else ruling.stage,

@@ -12,21 +12,24 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..config import Config, Difference, build_config, config_digest, difference, flatten, read_file, to_yaml
 from ..deployments import CONFIG_FILE
 from ..errors import RefusedError, UsageError, nearest_name
 from ..files import canonical_json, locked, sha256_bytes, write_atomically
 
+if TYPE_CHECKING:
+    from xsmom_nb.optimizer.gate import Verdict
+
 # %% auto #0
-__all__ = ['VERSIONS', 'Criterion', 'Evidence', 'write_version', 'Version', 'changed_settings', 'version_names', 'read_version',
-           'listed', 'live_content', 'live_config', 'keep_live', 'keep_unreadable']
+__all__ = ['VERSIONS', 'Finding', 'findings', 'Evidence', 'write_version', 'Version', 'changed_settings', 'version_names',
+           'read_version', 'listed', 'live_content', 'live_config', 'keep_live', 'keep_unreadable']
 
 # %% ../../nbs/optimizer/08_versions.ipynb #78669ea8
 @dataclass(frozen=True)
-class Criterion:
-    "One thing that was asked of a config."
+class Finding:
+    "One thing that was asked of a config, and what was found."
 
     criterion: str  # short fixed name
     value: float | str | None  # what was found; None: it could not be had
@@ -44,6 +47,15 @@ def _figure(value: float | str | None) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def findings(
+    verdict: Verdict,  # of the gate
+) -> tuple[Finding, ...]:
+    "The gate's answers as they are kept with a version."
+    return tuple(
+        Finding(each.criterion, each.value, None if each.limit is None else f"{each.rule} {each.limit:.4g}", each.ok, each.why)
+        for each in verdict.criteria)
+
+# %% ../../nbs/optimizer/08_versions.ipynb #8edf78f1
 @dataclass(frozen=True)
 class Evidence:
     "What a version is, and why."
@@ -56,7 +68,7 @@ class Evidence:
     baseline_digest: str  # of those it was compared with
     file_digest: str  # SHA-256 of the bytes of its file
     approved: bool  # by the gate
-    verdict: tuple[Criterion, ...]
+    verdict: tuple[Finding, ...]
     code_digest: str  # that it was judged with
     data_digest: str  # and on
     settings: Mapping[str, Any]  # dotted key to value, all that there were
@@ -86,7 +98,7 @@ def _read_evidence(path: Path) -> Evidence:
         digest = content.pop("digest")
         found = Evidence(**{
             **{field.name: content[field.name] for field in fields(Evidence)}, "changes": tuple(Difference(*each) for each in
-            content["changes"]), "verdict": tuple(Criterion(**each) for each in content["verdict"])})
+            content["changes"]), "verdict": tuple(Finding(**each) for each in content["verdict"])})
     except FileNotFoundError as error:
         raise RefusedError(f"{path}: the evidence is missing; {why}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -131,7 +143,7 @@ def write_version(
     baseline: Config,  # that it was compared with: the one that is live
     *,
     run_id: str,  # of the optimizer's run
-    verdict: Iterable[Criterion],  # of the gate
+    verdict: Iterable[Finding],  # of the gate, as `findings` gives them
     approved: bool,  # by the gate
     code_digest: str,
     data_digest: str,
@@ -146,7 +158,7 @@ def write_version(
                   data_digest=data_digest, settings=flatten(config), changes=tuple(difference(baseline, config)))
 
 
-def _failed(verdict: tuple[Criterion, ...]) -> str:
+def _failed(verdict: tuple[Finding, ...]) -> str:
     "The criteria that were not met, in words."
     return "; ".join(str(each) for each in verdict if not each.ok) or "no criterion was asked"
 
