@@ -32,8 +32,8 @@ from ..state import State
 
 # %% auto #0
 __all__ = ['ACCOUNT', 'Current', 'read_current', 'require_same_account', 'require_in_force', 'objections', 'require_approval',
-           'require_untouched', 'require_no_rollout', 'promote', 'enter_stage', 'rollback', 'Line', 'History',
-           'history']
+           'require_untouched', 'require_forward', 'require_same_version', 'require_no_rollout', 'promote',
+           'enter_stage', 'rollback', 'Line', 'History', 'history']
 
 # %% ../../nbs/optimizer/08b_deploy.ipynb #e89ec64d
 @dataclass(frozen=True)
@@ -212,6 +212,27 @@ def _put(
                 name, share, who, reason, changes)
     return take_step(state, folder, step, version.content if share else None)
 
+# %% ../../nbs/optimizer/08b_deploy.ipynb #c40bffe4
+def require_forward(
+    running: Deployment,
+    stage: tuple[str, float],  # name and share
+) -> None:
+    "Raise `RefusedError` for a stage with less capital than the one that a version is in."
+    if stage[1] < running.share:
+        raise RefusedError(f"{running.version} is in stage {running.stage} with {running.share:.0%} of its targets; stage "
+                           f"{stage[0]} has fewer, and a rollout goes forward only; go back with `xsmom config rollback "
+                           "--reason TEXT`")
+
+
+def require_same_version(
+    version: Deployment | None,  # that is watched now
+    expected: str | None,  # that was judged; None: whatever there is
+) -> None:
+    "Raise `RefusedError` when something else was done between a judgement and what follows from it."
+    if expected is not None and (version is None or version.version != expected):
+        now = f"{version.version} in stage {version.stage}" if version else "nothing"
+        raise RefusedError(f"{expected} was judged, but meanwhile there is {now}; judge that one")
+
 # %% ../../nbs/optimizer/08b_deploy.ipynb #9c3dce6a
 def require_no_rollout(
     current: Current,
@@ -249,6 +270,7 @@ def promote(
         require_untouched(current)
         require_no_rollout(current, chosen.evidence.version, into[0], force and bool(reason.strip()))
         if current.live and current.live.version == chosen.evidence.version and current.running:
+            require_forward(current.live, into)
             return take_step(state, folder, Step(now_ms, "stage", current.live.version, current.live.previous,
                                                  current.live.config_digest, current.live.evidence, *into, who, reason))
         if not changes:
@@ -271,6 +293,7 @@ def enter_stage(
     who: str,  # a person, or the run that does it
     reason: str,
     now_ms: int,  # UTC ms
+    judged: str | None = None,  # the version that was judged; None: whichever rollout runs
     environ: Mapping[str, str] | None = None,  # None: that of the process
 ) -> Step:
     "Put the version whose rollout runs into a stage; raises `RefusedError` when there is none, or something was edited."
@@ -278,6 +301,8 @@ def enter_stage(
         running, config, (name, share) = current.running, _readable(current), _stage_of(current, stage)
         if running is None:
             raise RefusedError(f"stage {stage}: no rollout runs; begin one with `xsmom config promote VERSION --stage NAME`")
+        require_same_version(running, judged)
+        require_forward(running, (name, share))
         require_untouched(current)
         version = read_version(folder, running.version)
         if version.evidence.digest != running.evidence:
@@ -296,7 +321,7 @@ def _target_of(state: State, current: Current, version: str | None) -> str:
     "Where a rollback goes; raises `RefusedError` when there is no such place."
     live = current.live
     with state.read() as connection:
-        known = {each.version for each in deployments(connection) if each.status != "candidate"}
+        known = {step.version for step in steps(connection, "done", "logged") if step.action in ("adopt", "promote", "rollback")}
     if live is None:
         raise RefusedError("nothing was deployed yet, so there is nothing to go back from; see `xsmom config history`")
     target = Path(version or live.previous).name.removesuffix(".yaml")
@@ -317,6 +342,7 @@ def rollback(
     who: str,  # a person, or the run that does it
     reason: str,  # a sentence; kept
     now_ms: int,  # UTC ms
+    judged: str | None = None,  # the version that was judged; None: whichever there is
 ) -> Step:
     "Take a version back; raises `RefusedError` when there is nowhere to go, `UsageError` without a reason."
     if not reason.strip():
@@ -324,6 +350,7 @@ def rollback(
     with deploying(folder, wait_seconds=10.0):
         settle_locked(state, folder, now_ms)
         current = read_current(state, folder)
+        require_same_version(current.candidate or current.live, judged)
         if (given_up := current.candidate) is not None:
             step = take_step(state, folder, Step(now_ms, "withdraw", given_up.version, given_up.previous, given_up.config_digest,
                                                  given_up.evidence, given_up.stage, 0.0, who, reason))

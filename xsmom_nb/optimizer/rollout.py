@@ -209,7 +209,7 @@ def watched(
     state: State,
     current: Current,
 ) -> Deployment | None:
-    "The version that is watched: a candidate, or a live one that has come by a promotion, and not by a person or a rollback."
+    "The version that is watched: a candidate, or a live one that came by a promotion, not by a rollback or by hand."
     if current.candidate is not None or current.live is None:
         return current.candidate
     with state.read() as connection:
@@ -250,9 +250,10 @@ def step_rollout(
         ruling = Ruling(ruling.version, ruling.stage, action, "" if action == "roll_back" else ruling.stage,
                         (*ruling.criteria, edited))
     if ruling.action == "roll_back":
-        rollback(state, folder, who=who, reason=ruling.why, now_ms=now_ms)
+        rollback(state, folder, who=who, reason=ruling.why, now_ms=now_ms, judged=ruling.version)
     elif ruling.action == "advance":
-        enter_stage(state, folder, ruling.next_stage, who=who, reason="all gates hold", now_ms=now_ms, environ=environ)
+        enter_stage(state, folder, ruling.next_stage, who=who, reason="all gates hold", now_ms=now_ms, judged=ruling.version,
+                    environ=environ)
     elif ruling.criteria[0].ok and any(each.ok is not True for each in ruling.criteria):
         _tell_once(state, ruling, now_ms)
     return ruling
