@@ -29,7 +29,7 @@ LONGEST_MODULE = 500  # exported lines of a notebook
 # A room is a subpackage, or modules of the root that belong together.
 LAYERS = (
     ("errors files clock sections operations credentials schema config ports compiled",),
-    ("database state lease outbox", "market"),
+    ("database state lease outbox deployments", "market"),
     ("exchange",),
     ("strategy", "meta"),
     ("risk",),
@@ -39,8 +39,8 @@ LAYERS = (
     ("optimizer",),
     ("runs",),
     ("ops",),
-    (("console options cli_data cli_config cli_runs cli_state cli_launch cli_live cli_status cli_lookahead cli_resume "
-     "cli_stream cli_sync cli_exchange baseline rehearsal proof cli"),),
+    (("console options cli_data cli_config cli_deploy cli_runs cli_state cli_launch cli_live cli_status cli_lookahead "
+     "cli_resume cli_stream cli_sync cli_exchange baseline rehearsal proof cli"),),
 )
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from . import __version__, baseline, cli_config, cli_data, cli_launch, cli_live, cli_lookahead, cli_runs, cli_state
-from . import cli_exchange, cli_resume, cli_status, cli_stream, cli_sync, proof, rehearsal
+from . import cli_deploy, cli_exchange, cli_resume, cli_status, cli_stream, cli_sync, proof, rehearsal
 from .console import examples, new_app, print_facts, print_json
 from .options import JsonOption
 
@@ -28,6 +28,7 @@ app = new_app(
 for room in (baseline, rehearsal, proof, cli_launch, cli_live, cli_status, cli_stream, cli_resume, cli_lookahead):
     app.registered_commands += room.app.registered_commands
 cli_data.app.registered_commands += cli_sync.app.registered_commands
+cli_config.app.registered_commands += cli_deploy.app.registered_commands
 app.add_typer(cli_runs.app, name="runs")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_exchange.app, name="exchange")

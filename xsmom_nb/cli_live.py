@@ -9,8 +9,8 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['app', 'REMARKS_SHOWN', 'CyclesOption', 'BeginOption', 'AccountOption', 'FreshOption', 'DirectOption', 'ConfirmOption',
-           'recording_of', 'Hour', 'hour_of_run', 'hour_of_report', 'run_each', 'run_together', 'print_hours',
-           'simulate', 'require_current', 'print_cycle', 'trade_now', 'check_options', 'live']
+           'recording_of', 'Hour', 'hour_of_run', 'hour_of_report', 'config_in_force', 'run_each', 'run_together',
+           'print_hours', 'simulate', 'require_current', 'print_cycle', 'trade_now', 'check_options', 'live']
 
 # %% ../nbs/95b_cli_live.ipynb #71bc5428
 app = new_app("Trade.")
@@ -118,8 +118,25 @@ def _tell(
     return told
 
 # %% ../nbs/95b_cli_live.ipynb #38ee92fc
+def config_in_force() -> Callable[[], Config]:
+    "A function that gives the config of the working tree, read anew when its file has changed; it raises `ConfigError`."
+    from xsmom_nb.config import find_config
+
+    seen: dict[str, Any] = {}
+
+    def read() -> Config:
+        path = find_config()
+        content = path.read_bytes() if path else b""
+        if "config" not in seen or seen["content"] != content:
+            seen.update(content=content, config=runnable_config(None, None))
+        found: Config = seen["config"]
+        return found
+
+    return read
+
+# %% ../nbs/95b_cli_live.ipynb #edec9890
 def run_each(
-    config: Config,  # of the account
+    config: Callable[[], Config],  # of the account, asked before each hour
     times_ms: Sequence[int],  # of the cycles, UTC ms
     place: dict[str, str],  # `data` and `dataset`, as the notebook takes them
     state: State,  # the main one, with the chain of runs
@@ -133,20 +150,20 @@ def run_each(
     hours: list[Hour] = []
     for time_ms in times_ms:
         parameters = {**place, "now": format_utc(time_ms)}
-        run = execute_run("live_cycle", parameters, config, state=state, progress=False, kernel=None if hours else kernel)
+        run = execute_run("live_cycle", parameters, config(), state=state, progress=False, kernel=None if hours else kernel)
         hours.append(hour_of_run(run))
         told(hours)
     return hours, run
 
 
 def run_together(
-    config: Config,  # of the account
+    config: Callable[[], Config],  # of the account, asked before each hour
     times_ms: Sequence[int],  # of the cycles, UTC ms
     place: dict[str, str],  # `data` and `dataset`
     state: State,  # the main one, with the chain of runs
     told: Callable[[Sequence[Hour]], None],  # is given the hours so far
-) -> tuple[list[Hour], Run]:  # and the run that keeps them
-    "All cycles in this process, as one audited run; raises `RunFailed` when one fails."
+) -> tuple[list[Hour], Run]:  # and the last run
+    "All cycles in this process, as one audited run for each config that was in force; raises `RunFailed` when one fails."
     from xsmom_nb.runs.batch import trade_hours
 
     hours: list[Hour] = []
@@ -155,8 +172,16 @@ def run_together(
         hours.append(hour_of_report(report))
         told(hours)
 
-    run = trade_hours(config, times_ms, on_hour, data=place["data"] or None, dataset=place["dataset"] or None, state=state)
-    return [Hour(**{**asdict(hour), "run_id": run.run_id}) for hour in hours], run
+    while (done := len(hours)) < len(times_ms):
+        present = config()
+
+        def goes_on(begun: Config = present) -> bool:
+            return config() == begun
+
+        run = trade_hours(present, times_ms[done:], on_hour, goes_on=goes_on,
+                          data=place["data"] or None, dataset=place["dataset"] or None, state=state)
+        hours[done:] = [replace(hour, run_id=run.run_id) for hour in hours[done:]]
+    return hours, run
 
 # %% ../nbs/95b_cli_live.ipynb #875e68ed
 REMARKS_SHOWN = 10  # the rest is in the runs
@@ -194,8 +219,9 @@ def simulate(
     fresh: bool,  # begin the account anew
     kernel: Kernel | None,  # for the first cycle; None: all cycles in this process
     as_json: bool,  # --json
+    in_force: Callable[[], Config] | None = None,  # asked for the main config before each hour; None: it stays as it is
 ) -> None:
-    "Trade a simulated account over recorded hours and say what came of it."
+    "Trade a simulated account over recorded hours and say what came of it; raises `RefusedError` for a new length of bars."
     from xsmom_nb.clock import parse_utc
     from xsmom_nb.runs.execute import find_project
     from xsmom_nb.runs.rehearsal import Reached, account_config, begin_anew, reached_by, simulated_times
@@ -206,13 +232,21 @@ def simulate(
     times_ms = simulated_times(config, calendar, cycles, parse_utc(start) if start else None, reached)
     if fresh:
         begin_anew(account, project)
+
+    def present() -> Config:
+        now = account_config(in_force(), account) if in_force else own
+        if now.exchange.timeframe != own.exchange.timeframe:
+            raise RefusedError(f"the live config has bars of {now.exchange.timeframe} now, these hours were begun with "
+                               f"{own.exchange.timeframe}; begin them anew with --fresh")
+        return now
+
     with ExitStack() as stack:
         state = stack.enter_context(open_state(config.live.state_url, base=project))
         told = _tell(stack.enter_context(progress("live")), cycles, quiet=as_json)
         if kernel is None:
-            hours, run = run_together(own, times_ms, place, state, told)
+            hours, run = run_together(present, times_ms, place, state, told)
         else:
-            hours, run = run_each(own, times_ms, place, state, told, kernel)
+            hours, run = run_each(present, times_ms, place, state, told, kernel)
     if as_json:
         print_json({"account": account, "hours": [asdict(hour) for hour in hours], **run_as_json(run)})
     else:
@@ -333,6 +367,8 @@ def live(
         kernel = None if direct else stack.enter_context(_kernel_of_cycle())
         recording = recording_of(effective, data, dataset)
         if cycles is not None:
-            simulate(effective, account or "simulated", recording, cycles, start, fresh, kernel, as_json)
+            said = bool(config or settings or timeframe)
+            simulate(effective, account or "simulated", recording, cycles, start, fresh, kernel, as_json,
+                     None if said else config_in_force())
         elif kernel is not None:  # which is always so: --direct is for the simulated clock
             trade_now(effective, recording, kernel, as_json)

@@ -180,7 +180,7 @@ def _risk_of_row(
     aims = [memory.unfinished[symbol].wanted if symbol in memory.unfinished else facts[symbol].held for symbol in symbols]
     targets = row.weights if rebalances else worth * np.array([float(aim) for aim in aims])
     close_ms = snapshot.row_ms + timeframe_ms(snapshot.panel.timeframe)
-    asked = RowFacts(symbols, snapshot.time_ms, close_ms, equity, current, targets, market.day_volume[-1], prices)
+    asked = RowFacts(symbols, snapshot.time_ms, close_ms, equity, current, targets, market.day_volume[-1], prices, memory.rollout)
     days = [(day.day_ms, float(day.start), float(day.high)) for day in memory.days]
     return judge_row(asked, days, memory.risk, memory.brakes, risk_rules(config, memory.brakes.resume_days))
 

@@ -81,6 +81,7 @@ class Memory:
     yardsticks: Mapping[str, Yardstick] = field(default_factory=dict)  # by symbol, of the last row decided
     risk: RiskMemory = field(default_factory=RiskMemory)  # what fills and prices have left
     decided_ms: int | None = None  # when the last row was decided, UTC ms
+    rollout: float = 1.0  # share of its targets that the live config may trade; said by the state, not left by a decision
 
 # %% ../nbs/50_decision.ipynb #d7227134
 @dataclass(frozen=True)
@@ -158,6 +159,9 @@ def as_json(
     "A record as JSON."
     kind: Any = type(record)
     content: dict[str, Any] = _adapter(kind).dump_python(record, mode="json")
+    for part in (content, content.get("memory")):
+        if part is not None and part.get("rollout") == 1.0:
+            del part["rollout"]
     return content
 
 # %% ../nbs/50_decision.ipynb #4331135d

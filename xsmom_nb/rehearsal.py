@@ -90,7 +90,7 @@ def rehearse(
         begin = time.perf_counter()
         if times:
             with progress(f"hours {name}") as show:
-                done, run = trade(account, times, place, state, _counting(show, len(times)))
+                done, run = trade(lambda: account, times, place, state, _counting(show, len(times)))
             hours += done
             folders += [run.folder.parent / run_id for run_id in dict.fromkeys(hour.run_id for hour in done)]
         seconds[name] = time.perf_counter() - begin

@@ -180,7 +180,33 @@ CREATE TABLE lease (
     renewed_ms BIGINT NOT NULL
 );
 """)
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_CHAIN, _MEANT + _TOLD + _HELD + _WORKING)  # statements of version 1, version 2
+
+# %% ../nbs/11_state.ipynb #1d23b541
+_DEPLOYED = _statements("""
+ALTER TABLE deployments ADD COLUMN status TEXT NOT NULL DEFAULT 'replaced'
+    CHECK (status IN ('live', 'candidate', 'replaced', 'rolled_back'));
+ALTER TABLE deployments ADD COLUMN previous TEXT NOT NULL DEFAULT '';
+CREATE UNIQUE INDEX deployments_one_each ON deployments (status) WHERE status IN ('live', 'candidate');
+CREATE TABLE deployment_steps (
+    step BIGINT NOT NULL PRIMARY KEY,
+    time_ms BIGINT NOT NULL,
+    action TEXT NOT NULL CHECK (action IN ('adopt', 'candidate', 'promote', 'stage', 'withdraw', 'rollback')),
+    version TEXT NOT NULL,
+    previous TEXT NOT NULL,
+    config_digest TEXT NOT NULL,
+    evidence TEXT NOT NULL,
+    stage TEXT NOT NULL,
+    share TEXT NOT NULL,
+    who TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    changes TEXT NOT NULL,
+    file_before TEXT NOT NULL,
+    file_after TEXT NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('pending', 'done', 'logged', 'undone'))
+);
+CREATE UNIQUE INDEX deployment_steps_one_pending ON deployment_steps (status) WHERE status = 'pending';
+""")
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_CHAIN, _MEANT + _TOLD + _HELD + _WORKING, _DEPLOYED)  # a version each, from 1
 
 # %% ../nbs/11_state.ipynb #3eaa10c1
 @dataclass(frozen=True)
@@ -355,7 +381,7 @@ def _unreadable(tables: _Tables) -> Iterator[str]:
             for column in columns:
                 if not _is_decimal(row[column]):
                     yield f"{table} {_key(row)}: {column} is {row[column]!r}; expected a decimal number as text"
-    for table, column in (("memory", "value"), ("events", "data")):
+    for table, column in (("memory", "value"), ("events", "data"), ("deployment_steps", "changes")):
         for row in tables[table]:
             if not _is_json(row[column]):
                 yield f"{table} {_key(row)}: {column} is not JSON"
@@ -402,13 +428,16 @@ def _out_of_order(
 
 
 def _misshapen(tables: _Tables) -> Iterator[str]:
-    "Ends of chains that cannot be one."
+    "Ends of chains that cannot be one, and changes of the config that have not ended."
     for row in tables["chain"]:
         for column in ("digest", "entry"):
             if not re.fullmatch(r"[0-9a-f]{64}", str(row[column])):
                 yield f"chain of {row['root']}: {column} is {row[column]!r}; expected 64 hexadecimal digits"
         if not row["run_id"] or not isinstance(row["length"], int) or row["length"] < 1:
             yield f"chain of {row['root']}: run {row['run_id']!r}, length {row['length']!r}; expected a run and at least 1"
+    for row in tables["deployment_steps"]:
+        if row["status"] == "pending":
+            yield f"deployment step {row['step']}, {row['action']} of {row['version']}, has not ended; the next cycle settles it"
 
 # %% ../nbs/11_state.ipynb #4bdb462c
 def check(

@@ -14,7 +14,8 @@ from pathlib import Path
 from ..clock import Clock, format_utc, last_closed_open_ms
 from ..config import Config
 from ..decide import decide
-from ..decision import Decided, Decision, Snapshot
+from ..decision import Decided, Decision, Memory, Snapshot
+from ..deployments import require_deployed
 from ..errors import RefusedError
 from ..database import sql
 from ..execution.execute import Sent, send_intents
@@ -22,7 +23,7 @@ from ..execution.journal import drop_intent
 from ..execution.reconcile import Recovery, ask, book_news, recover
 from .guard import GuardReport, guard_once
 from .history import History
-from .memory import follow, recall, remember
+from .memory import follow, recall_in, remember
 from ..market.panel import Panel
 from ..outbox import beat, emit
 from ..ports import Account, ExchangePort, Instrument, Position, Recorder, TransientError
@@ -178,6 +179,13 @@ def _guarded(port: ExchangePort, state: State, clock: Clock, config: Config, run
     return GuardReport(clock.now_ms()) if not guards else guard_once(port, state, clock, config, {}, run_id)
 
 # %% ../../nbs/live/01_cycle.ipynb #7f2ef3f1
+def _recalled(state: State, config: Config) -> Memory:
+    "The memory, with the share that is deployed; raises `RefusedError` for a config that was replaced after it was read."
+    with state.read() as connection:
+        require_deployed(connection, config)
+        return recall_in(connection, state)
+
+# %% ../../nbs/live/01_cycle.ipynb #4d67f2a6
 def run_cycle(
     port: ExchangePort,
     history: History,
@@ -199,7 +207,7 @@ def run_cycle(
     with _timed(seconds, "guard"):
         guarded = _guarded(port, state, clock, config, run_id, guards)
     with _timed(seconds, "gather"):
-        versions, memory = _versions(state), recall(state)
+        versions, memory = _versions(state), _recalled(state, config)
         snapshot, late = gather(port, history, clock, config, row_ms, wait)
     with _timed(seconds, "decide"):
         decided = Decided(snapshot, memory, decide(snapshot, memory, config))

@@ -17,6 +17,7 @@ from ..clock import Clock, SimulatedClock, SystemClock
 from ..compiled import source_digest
 from ..config import Config, require_built
 from ..decision import Decided
+from ..deployments import settle
 from ..errors import UsageError
 from ..exchange.connect import ExchangeClock, connect, wait_on
 from ..exchange.paper import PaperExchange
@@ -116,6 +117,7 @@ def open_desk(
     with ExitStack() as stack:
         state = stack.enter_context(open_state(config.live.state_url, base))
         stack.enter_context(hold_lease(state, "trader", source_digest(), notebooks_digest(base or Path.cwd())))
+        settle(state, (base or Path.cwd()) / "configs", SystemClock().now_ms())
         venue = open_venue(config, recording, data, dataset, now_ms, base, inner)
         port, clock, origin = stack.enter_context(venue)
         history = History(port, config.exchange.timeframe, history_bars(config), origin=origin)

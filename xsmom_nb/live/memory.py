@@ -15,6 +15,7 @@ from ..clock import format_utc
 from ..config import Config
 from ..database import sql
 from ..decision import Memory, as_json, as_text, from_json
+from ..deployments import running_share
 from ..errors import DataError
 from ..execution.intents import EXIT
 from ..execution.journal import parts_of
@@ -83,7 +84,8 @@ def recall_in(
     texts = _texts(connection)
     memory: Memory = _kept(connection, Memory, MEMORY, texts.get(MEMORY), state, "what was wanted")
     lost = "pauses, odds and stops (they are built anew from the fills)"
-    return replace(memory, risk=_kept(connection, RiskMemory, RISK, texts.get(RISK), state, lost))
+    risk = _kept(connection, RiskMemory, RISK, texts.get(RISK), state, lost)
+    return replace(memory, risk=risk, rollout=running_share(connection))
 
 
 def recall(
@@ -110,10 +112,10 @@ def keep_memory(
     memory: Memory,
     now_ms: int,  # UTC ms
 ) -> None:
-    "Keep what a decision left, all but the part that is not its own."
-    text = as_text(memory, without=frozenset({"risk"}))
+    "Keep what a decision left, all but the parts that are not its own."
+    text = as_text(memory, without=frozenset({"risk", "rollout"}))
     save_text(connection, MEMORY, text, now_ms)
-    _place(Memory, text)[:] = [replace(memory, risk=RiskMemory())]
+    _place(Memory, text)[:] = [replace(memory, risk=RiskMemory(), rollout=1.0)]
 
 
 def remember(

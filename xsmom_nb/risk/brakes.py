@@ -120,6 +120,7 @@ class RowFacts(NamedTuple):
     targets: np.ndarray  # what is wanted before the overlays, shares of equity, signed, shape (N,)
     day_volume: np.ndarray  # quote volume of the last 24 h, shape (N,)
     prices: Mapping[str, float]  # present ones, by symbol
+    rollout: float = 1.0  # share of its targets that the live config may trade
 
 # %% ../../nbs/risk/05_brakes.ipynb #fcbdaabd
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _of_symbol(
     facts: RowFacts,
     risk: SymbolRisk,
     loss: DayLoss,
-    factors: tuple[float, float, float],  # step-down, Kelly, what partial profits have left
+    factors: tuple[float, float, float, float],  # step-down, Kelly, rollout, what partial profits have left
     capped: bool,
     refusal: int,  # of the throttle
     pauses: bool,  # the account takes no entries
@@ -172,7 +173,7 @@ def _of_symbol(
     "What acted on one symbol that is held or wanted."
     if not facts.targets[i] and not facts.current[i]:
         return ()
-    names = ("step-down", "Kelly", "remaining after partial profits")
+    names = ("step-down", "Kelly", "rollout", "remaining after partial profits")
     said = [f"{name} × {factor:.2f}" for name, factor in zip(names, factors, strict=True) if factor != 1.0]
     said += ["money cap"] if capped else []
     if loss.banned_until_ms > facts.close_ms:
@@ -211,14 +212,16 @@ def judge_row(
     kelly, remaining, targets, refusals = np.ones(n), np.ones(n), np.zeros(n), np.zeros(n, dtype=np.int64)
     kelly_row(odds, rules.overlays, kelly)
     remaining_row(positions, facts.targets, remaining)
-    overlaid_row(facts.targets, facts.equity, drawdown, 1.0, kelly, remaining, facts.day_volume, rules.overlays, targets)
+    overlaid_row(
+        facts.targets, facts.equity, drawdown, facts.rollout, kelly, remaining, facts.day_volume, rules.overlays, targets)
     throttle_row(facts.current, targets, pauses, bans, float(facts.close_ms), rules.throttle, refusals)
 
     stepdown = stepdown_scale(drawdown, rules.overlays)
     largest = np.array([largest_notional(facts.equity, volume, rules.overlays) for volume in facts.day_volume])
+    scaled = facts.targets * stepdown * kelly * facts.rollout * remaining
     said = tuple(
-        _of_symbol(i, facts, symbols[i], banned[i], (stepdown, kelly[i], remaining[i]),
-                   bool(abs(facts.targets[i] * stepdown * kelly[i] * remaining[i]) * facts.equity > largest[i] * (1 + 1e-12)),
+        _of_symbol(i, facts, symbols[i], banned[i], (stepdown, kelly[i], facts.rollout, remaining[i]),
+                   bool(abs(scaled[i]) * facts.equity > largest[i] * (1 + 1e-12)),
                    int(refusals[i]), verdict != TRADES)
         for i in range(n))
     closes = np.array([loss.banned_until_ms > facts.close_ms for loss in banned]) | (verdict != TRADES and rules.limits.closes)

@@ -91,6 +91,7 @@ def trade_hours(
     times_ms: Sequence[int],  # of the cycles on the simulated clock, ascending, UTC ms
     on_hour: Callable[[CycleReport], None],  # is told what came of each
     *,
+    goes_on: Callable[[], bool] = lambda: True,  # asked before each but the first; False ends the run there
     data: str | None = None,  # folder of market data; None: searched for
     dataset: str | None = None,  # None: `paths.dataset`
     project: Path | None = None,  # the working tree, where relative paths start; None: found from the working folder
@@ -107,6 +108,8 @@ def trade_hours(
             assert isinstance(desk.clock, SimulatedClock), "it was given a time"
             try:
                 for time_ms in times_ms:
+                    if hours and not goes_on():
+                        break
                     desk.clock.set(time_ms)
                     report = desk.cycle(recorder, run_id=folder.run_id)
                     folder.append_json("orders", {"row_ms": report.decided.decision.row_ms, "orders": orders_as_json(report)})
