@@ -420,6 +420,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'xsmom_nb.cli_lookahead.lookahead': ('cli_lookahead.html#lookahead', 'xsmom_nb/cli_lookahead.py'),
                                         'xsmom_nb.cli_lookahead.print_examinations': ( 'cli_lookahead.html#print_examinations',
                                                                                        'xsmom_nb/cli_lookahead.py')},
+            'xsmom_nb.cli_optimize': {'xsmom_nb.cli_optimize.optimize': ('cli_optimize.html#optimize', 'xsmom_nb/cli_optimize.py')},
             'xsmom_nb.cli_resume': { 'xsmom_nb.cli_resume.pauses_of': ('cli_resume.html#pauses_of', 'xsmom_nb/cli_resume.py'),
                                      'xsmom_nb.cli_resume.resume': ('cli_resume.html#resume', 'xsmom_nb/cli_resume.py'),
                                      'xsmom_nb.cli_resume.resume_account': ('cli_resume.html#resume_account', 'xsmom_nb/cli_resume.py')},
