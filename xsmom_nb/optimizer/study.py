@@ -15,9 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pandas as pd
-from optuna.exceptions import ExperimentalWarning
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
@@ -30,9 +33,11 @@ from .space import Value, distributions, draw, point_of_trial, trial_parameters
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 # %% auto #0
-__all__ = ['COMPUTED', 'WHAT', 'START_SHARE', 'FINISHED', 'LOST_AFTER_SECONDS', 'search_digest', 'Terms', 'require_same',
-           'start_points', 'finished', 'quiet', 'sampler', 'complete_slots', 'begin_study', 'join_study', 'this_worker',
-           'give_back', 'waiting', 'take_slot', 'is_lost', 'release_lost', 'trial_table']
+__all__ = ['COMPUTED', 'WHAT', 'START_SHARE', 'FINISHED', 'Signature', 'LAST_TRIALS', 'OTHER_TRIALS', 'LOST_AFTER_SECONDS',
+           'UNSIGNED_SECONDS', 'search_digest', 'Terms', 'require_same', 'start_points', 'has_result', 'finished',
+           'this_worker', 'is_ours', 'quiet', 'thinned', 'Estimator', 'sampler', 'complete_slots', 'begin_study',
+           'join_study', 'give_back', 'waiting', 'has_forerunner', 'take_slot', 'is_lost', 'release_lost',
+           'release_ours', 'trial_table']
 
 # %% ../../nbs/optimizer/04b_study.ipynb #5881a31b
 COMPUTED = ("exchange", "universe", "strategy", "filters", "sizing", "vol_target", "risk", "throttle", "execution", "costs",
@@ -114,11 +119,41 @@ def _slot(number: int, point: dict[str, Value] | None, names: Sequence[str] | No
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
+def has_result(
+    trial: FrozenTrial,  # that has ended
+) -> bool:
+    "Whether a slot is done by a trial."
+    return "slot" in trial.user_attrs and (trial.state is not TrialState.FAIL or "why" in trial.user_attrs)
+
+
 def finished(study: optuna.Study) -> dict[int, FrozenTrial]:  # by slot
     "The slots that have their result; a failure counts when it has a reason."
     trials = study.get_trials(deepcopy=False, states=FINISHED)
-    return {trial.user_attrs["slot"]: trial for trial in trials
-            if "slot" in trial.user_attrs and (trial.state is not TrialState.FAIL or "why" in trial.user_attrs)}
+    return {trial.user_attrs["slot"]: trial for trial in trials if has_result(trial)}
+
+# %% ../../nbs/optimizer/04b_study.ipynb #cc55da59
+Signature = dict[str, str | int | float]
+
+
+def this_worker() -> Signature:
+    "The signature of this process: host, process id, when that process began, and the time."
+    return {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid()), "since": time.time()}
+
+
+def _began(pid: int) -> str:
+    "When a process of this host began, in its kernel's ticks; empty where there is no such process, or no telling."
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def is_ours(
+    trial: FrozenTrial,
+) -> bool:
+    "Whether this very process took a trial."
+    worker = trial.user_attrs.get("worker") or {}
+    return {**worker, "since": 0} == {**this_worker(), "since": 0}
 
 # %% ../../nbs/optimizer/04b_study.ipynb #ccf430c4
 @contextmanager
@@ -128,13 +163,58 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield
 
+# %% ../../nbs/optimizer/04b_study.ipynb #54fbaae0
+LAST_TRIALS = 25  # have full weight in the estimator
+OTHER_TRIALS = 120  # whose density is to be avoided, at most
 
-def sampler(seed: int) -> optuna.samplers.BaseSampler:
-    "The sampler of the slots that begin empty: a tree-structured Parzen estimator over all dimensions together."
+
+def thinned(
+    trials: list[FrozenTrial],  # ascending
+    most: int = OTHER_TRIALS,
+) -> list[FrozenTrial]:
+    "The last of so many trials, and an even sample of those before."
+    if len(trials) <= most:
+        return trials
+    before = np.linspace(0, len(trials) - LAST_TRIALS - 1, most - LAST_TRIALS).round().astype(int)
+    return [trials[place] for place in before] + trials[-LAST_TRIALS:]
+
+
+class Estimator(TPESampler):
+    "The sampler of the slots that begin empty; it signs what this process takes."
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed, multivariate=True, constant_liar=False, n_startup_trials=1)
+        self._rows: dict[int, list[float]] = {}
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        "Write down who runs a trial, before a proposal is thought about."
+        signature = this_worker()
+        study._storage.set_trial_user_attr(trial._trial_id, "worker", signature)
+        trial.set_user_attr("worker", signature)
+
+    def _get_internal_repr(
+        self, trials: list[FrozenTrial], search_space: dict[str, BaseDistribution], study: optuna.Study,
+    ) -> dict[str, np.ndarray]:
+        "The numbers of trials that have ended, each read once."
+        for trial in trials:
+            if trial._trial_id not in self._rows:
+                self._rows[trial._trial_id] = [
+                    space.to_internal_repr(trial.params[name]) for name, space in search_space.items()]
+        table = np.array([self._rows[trial._trial_id] for trial in trials]).reshape(len(trials), len(search_space))
+        return {name: table[:, place] for place, name in enumerate(search_space)}
+
+    def _build_parzen_estimator(self, study: Any, search_space: Any, trials: list[FrozenTrial], handle_below: bool) -> Any:
+        "The density of the good trials, or of some of the others."
+        chosen = trials if handle_below else thinned(trials)
+        return super()._build_parzen_estimator(study, search_space, chosen, handle_below)
+
+
+def sampler(seed: int) -> Estimator:
+    "A sampler for a process of a study."
     with quiet():
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=False, n_startup_trials=1)
+        return Estimator(seed)
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #f506261a
 def complete_slots(
     study: optuna.Study,
     points: Sequence[dict[str, Value]],  # of the first slots
@@ -159,6 +239,7 @@ def begin_study(
     study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True,
                                 sampler=sampler(terms.seed))
     if "terms" not in study.user_attrs:
+        study.set_user_attr("names", list(names) if names is not None else None)
         study.set_user_attr("terms", asdict(terms))
     require_same(name, study.user_attrs["terms"], terms)
     complete_slots(study, points, names)
@@ -181,19 +262,6 @@ def join_study(
     return study
 
 # %% ../../nbs/optimizer/04b_study.ipynb #8de0616d
-def this_worker() -> str:
-    "The name of this process: host, process id, and when that process began."
-    return f"{socket.gethostname()}:{os.getpid()}:{_began(os.getpid())}"
-
-
-def _began(pid: int) -> str:
-    "When a process of this host began, in its kernel's ticks; empty where there is no such process."
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
 def give_back(
     study: optuna.Study,
     number: int,  # of a trial that runs
@@ -202,7 +270,7 @@ def give_back(
     "End a trial without a result, and let its slot wait again."
     try:
         trial = study.tell(number, state=TrialState.FAIL)
-    except ValueError:
+    except (UpdateFinishedTrialError, ValueError):
         return False
     if "slot" in trial.user_attrs:
         point = point_of_trial(trial.params) if trial.user_attrs["source"] == "start" else None
@@ -210,19 +278,21 @@ def give_back(
     return True
 
 
-@contextmanager
-def _without_sampling(study: optuna.Study) -> Iterator[None]:
-    "While a slot that has its point is taken, there is nothing to propose."
-    thinker, study.sampler = study.sampler, optuna.samplers.RandomSampler(seed=0)
-    try:
-        yield
-    finally:
-        study.sampler = thinker
-
-
 def waiting(study: optuna.Study) -> list[FrozenTrial]:
     "The slots that nobody has taken, in their order."
     return study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+
+
+def has_forerunner(
+    study: optuna.Study,
+    trial: FrozenTrial | Trial,  # that was taken
+) -> bool:
+    "Whether an earlier trial of the same slot waits, runs or has its result."
+    slot = trial.user_attrs["slot"]
+    if trial.number <= slot:  # of the first that were written down
+        return False
+    return any(each.user_attrs.get("slot") == slot and (each.state is not TrialState.FAIL or "why" in each.user_attrs)
+               for each in study.get_trials(deepcopy=False)[:trial.number])
 
 
 def take_slot(
@@ -232,19 +302,18 @@ def take_slot(
 ) -> tuple[Trial, dict[str, Value]] | None:  # a running trial and its point; None: the next slot is none of these
     "Take the next slot; the sampler proposes a point where it has none."
     while (free := waiting(study)) and free[0].user_attrs["source"] == source:
-        if source == "start":
-            with _without_sampling(study):
-                trial = study.ask()
+        trial = study.ask(distributions(names) if source == "sampler" else None)
+        if trial.user_attrs.get("source") != source:
+            give_back(study, trial.number, names)  # another process took the one that we saw
+        elif has_forerunner(study, trial):
+            study.tell(trial, state=TrialState.FAIL)
         else:
-            trial = study.ask(distributions(names))
-        if trial.user_attrs.get("source") == source:
-            trial.set_user_attr("worker", this_worker())
             return trial, point_of_trial(trial.params)
-        give_back(study, trial.number, names)  # another process took the one that we saw
     return None
 
 # %% ../../nbs/optimizer/04b_study.ipynb #de96892f
-LOST_AFTER_SECONDS = 600.0
+LOST_AFTER_SECONDS = 600.0  # on another host
+UNSIGNED_SECONDS = 30.0  # between taking a slot and signing: milliseconds, where nobody dies
 
 
 def is_lost(
@@ -252,13 +321,13 @@ def is_lost(
     now_seconds: float,  # since the epoch
 ) -> bool:
     "Whether the process that runs a trial is gone."
-    worker = str(trial.user_attrs.get("worker", ""))
-    host, _, process = worker.partition(":")
-    pid, _, began = process.partition(":")
-    if host == socket.gethostname() and pid.isdecimal():
-        return _began(int(pid)) != began
-    started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-    return now_seconds - started > LOST_AFTER_SECONDS
+    worker = trial.user_attrs.get("worker")
+    if worker is None:
+        started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+        return abs(now_seconds - started) > UNSIGNED_SECONDS
+    if worker["host"] == socket.gethostname() and worker["began"]:
+        return _began(worker["pid"]) != worker["began"]
+    return now_seconds - worker["since"] > LOST_AFTER_SECONDS
 
 
 def release_lost(
@@ -270,6 +339,15 @@ def release_lost(
     now = time.time() if now_seconds is None else now_seconds
     lost = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if is_lost(trial, now)]
     return [trial.user_attrs.get("slot", -1) for trial in lost if give_back(study, trial.number, names)]
+
+# %% ../../nbs/optimizer/04b_study.ipynb #62d706ae
+def release_ours(
+    study: optuna.Study,
+    names: Sequence[str] | None = None,  # searched parameters; None: all
+) -> list[int]:  # slots that are free again
+    "Free all slots that this process took and has no result for."
+    ours = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if is_ours(trial)]
+    return [trial.user_attrs["slot"] for trial in ours if give_back(study, trial.number, names)]
 
 # %% ../../nbs/optimizer/04b_study.ipynb #8c42f3d2
 def trial_table(
