@@ -107,8 +107,8 @@ class Journal(JournalFileBackend):
                 mend(file)
                 file.write(lines.encode())
         except FileNotFoundError as error:
-            raise StateError(f"{self._file_path}: the journal of the studies is gone; expected the file that was opened; bring it "
-                             "back, or begin the studies anew") from error
+            raise StateError(f"{self._file_path}: the journal of the studies is gone; expected the file that was opened; "
+                             "bring it back, or begin the studies anew") from error
         finally:
             self._lock.release()
         self._held.clear()
@@ -153,7 +153,7 @@ def is_outage(
 ) -> bool:
     "Whether an error means that the storage did not answer, and may answer later."
     kinds: list[type[BaseException]] = [StorageInternalError, OSError]
-    for module, name in (("sqlalchemy.exc", "SQLAlchemyError"), ("grpc", "RpcError")):  # where they are not loaded, nobody raises them
+    for module, name in (("sqlalchemy.exc", "SQLAlchemyError"), ("grpc", "RpcError")):  # not loaded: never raised
         if module in sys.modules:
             kinds.append(getattr(sys.modules[module], name))
     return isinstance(error, tuple(kinds)) and not isinstance(error, FileNotFoundError)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ from .space import Value, distributions, draw, point_of_trial, trial_parameters
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 # %% auto #0
-__all__ = ['COMPUTED', 'WHAT', 'START_SHARE', 'FINISHED', 'Signature', 'LAST_TRIALS', 'OTHER_TRIALS', 'LOST_AFTER_SECONDS',
-           'UNSIGNED_SECONDS', 'search_digest', 'Terms', 'require_same', 'start_points', 'has_result', 'finished',
-           'this_worker', 'is_ours', 'quiet', 'thinned', 'Estimator', 'sampler', 'complete_slots', 'begin_study',
-           'join_study', 'give_back', 'waiting', 'has_forerunner', 'take_slot', 'is_lost', 'release_lost',
-           'release_ours', 'trial_table']
+__all__ = ['COMPUTED', 'WHAT', 'START_SHARE', 'FINISHED', 'Signature', 'GOOD_TRIALS', 'LAST_TRIALS', 'OTHER_TRIALS',
+           'LOST_AFTER_SECONDS', 'UNSIGNED_SECONDS', 'search_digest', 'Terms', 'require_same', 'start_points',
+           'has_result', 'finished', 'this_worker', 'is_ours', 'quiet', 'thinned', 'divided', 'Estimator', 'sampler',
+           'complete_slots', 'begin_study', 'join_study', 'give_back', 'waiting', 'has_forerunner', 'take_slot',
+           'is_lost', 'release_lost', 'release_ours', 'trial_table']
 
 # %% ../../nbs/optimizer/04b_study.ipynb #5881a31b
 COMPUTED = ("exchange", "universe", "strategy", "filters", "sizing", "vol_target", "risk", "throttle", "execution", "costs",
@@ -137,7 +138,7 @@ Signature = dict[str, str | int | float]
 
 def this_worker() -> Signature:
     "The signature of this process: host, process id, when that process began, and the time."
-    return {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid()), "since": time.time()}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "began": _own_beginning(os.getpid()), "since": time.time()}
 
 
 def _began(pid: int) -> str:
@@ -146,6 +147,12 @@ def _began(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
+
+
+@cache
+def _own_beginning(pid: int) -> str:
+    "When this process began; a child that was forked has another number."
+    return _began(pid)
 
 
 def is_ours(
@@ -164,6 +171,7 @@ def quiet() -> Iterator[None]:
         yield
 
 # %% ../../nbs/optimizer/04b_study.ipynb #54fbaae0
+GOOD_TRIALS = 25  # at most
 LAST_TRIALS = 25  # have full weight in the estimator
 OTHER_TRIALS = 120  # whose density is to be avoided, at most
 
@@ -177,6 +185,16 @@ def thinned(
         return trials
     before = np.linspace(0, len(trials) - LAST_TRIALS - 1, most - LAST_TRIALS).round().astype(int)
     return [trials[place] for place in before] + trials[-LAST_TRIALS:]
+
+
+def divided(
+    trials: list[FrozenTrial],  # that have ended, ascending
+) -> tuple[list[FrozenTrial], list[FrozenTrial]]:  # ascending
+    "The good trials and the others."
+    complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    most = min(-(-len(trials) // 10), GOOD_TRIALS)
+    best = {trial.number for trial in sorted(complete, key=lambda trial: -(trial.value or 0.0))[:most]}
+    return [trial for trial in trials if trial.number in best], [trial for trial in trials if trial.number not in best]
 
 
 class Estimator(TPESampler):
@@ -203,10 +221,16 @@ class Estimator(TPESampler):
         table = np.array([self._rows[trial._trial_id] for trial in trials]).reshape(len(trials), len(search_space))
         return {name: table[:, place] for place, name in enumerate(search_space)}
 
-    def _build_parzen_estimator(self, study: Any, search_space: Any, trials: list[FrozenTrial], handle_below: bool) -> Any:
-        "The density of the good trials, or of some of the others."
-        chosen = trials if handle_below else thinned(trials)
-        return super()._build_parzen_estimator(study, search_space, chosen, handle_below)
+    def _sample(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        "Of some places where good trials lie dense, the one where the others do least."
+        good, others = divided(study._get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED), use_cache=True))
+        near = self._build_parzen_estimator(study, search_space, good, handle_below=True)
+        far = self._build_parzen_estimator(study, search_space, thinned(others), handle_below=False)
+        places = near.sample(self._rng.rng, self._n_ei_candidates)
+        best = int(np.argmax(self._compute_acquisition_func(places, near, far)))
+        return {name: space.to_external_repr(places[name][best].item()) for name, space in search_space.items()}
 
 
 def sampler(seed: int) -> Estimator:
