@@ -253,18 +253,30 @@ def postgres() -> Iterator[Postgres]:
             server.stop()
 
 
+@contextmanager
+def opened(url: str) -> Iterator[optuna.storages.BaseStorage]:
+    "A database's storage; its connections are closed at the end."
+    storage = open_storage(url, Path())
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
 def survive_restart(place: Place, server: Postgres, name: str, url: str, workers: int) -> None:
     "So many workers, one of them killed, the server stopped at once in the middle and started again."
-    study = place.begin(open_storage(server.url, Path()), name)
-    crew = [place.worker(name, "--storage", url) for _ in range(workers)]
-    wait_for_done(study, 2)
-    kill(crew.pop())
-    server.stop()
-    time.sleep(0.5)
-    server.start()
-    answers = [ended(process) for process in crew]
-    assert [status for status, _, _ in answers] == [0] * len(crew), answers
-    assert_whole(place, study)
+    with opened(server.url) as storage:
+        study = place.begin(storage, name)
+        crew = [place.worker(name, "--storage", url) for _ in range(workers)]
+        wait_for_done(study, 2)
+        kill(crew.pop())
+        server.stop()
+        time.sleep(0.5)
+        server.start()
+        answers = [ended(process) for process in crew]
+        assert [status for status, _, _ in answers] == [0] * len(crew), answers
+        assert_whole(place, study)
 
 
 def test_postgres_is_restarted(place, postgres):
@@ -297,15 +309,15 @@ def proxy(server: Postgres) -> Iterator[str]:
 
 def test_workers_behind_a_proxy(place, postgres):
     pytest.importorskip("grpc", reason="no package grpcio found")
-    study = place.begin(open_storage(postgres.url, Path()), "behind")
-    with proxy(postgres) as url:
+    with opened(postgres.url) as storage, proxy(postgres) as url:
+        study = place.begin(storage, "behind")
         crew = [place.worker("behind", "--storage", url) for _ in range(2)]
         wait_for_done(study, 2)
         kill(crew.pop())
         status, out, errors = ended(crew[0])
-    assert status == 0, errors
-    assert json.loads(out)["studies"][0]["done"] == place.terms.trials
-    assert_whole(place, study)
+        assert status == 0, errors
+        assert json.loads(out)["studies"][0]["done"] == place.terms.trials
+        assert_whole(place, study)
 
 
 def test_a_server_that_stays_away(place, postgres):

@@ -40,8 +40,8 @@ class KernelLock(BaseJournalFileLock):
         self._path = path
         self._descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
-    def __del__(self) -> None:
-        os.close(self._descriptor)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the end of a process, `os` is gone before us
+        close(self._descriptor)
 
     def acquire(self) -> bool:
         "Wait for the lock; raises `StateError` when somebody keeps it."

@@ -36,9 +36,9 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 # %% auto #0
 __all__ = ['COMPUTED', 'WHAT', 'START_SHARE', 'FINISHED', 'Signature', 'GOOD_TRIALS', 'LAST_TRIALS', 'OTHER_TRIALS',
            'LOST_AFTER_SECONDS', 'UNSIGNED_SECONDS', 'search_digest', 'Terms', 'require_same', 'start_points',
-           'has_result', 'finished', 'this_worker', 'is_ours', 'quiet', 'thinned', 'divided', 'Estimator', 'sampler',
-           'complete_slots', 'begin_study', 'join_study', 'give_back', 'waiting', 'has_forerunner', 'take_slot',
-           'is_lost', 'release_lost', 'release_ours', 'trial_table']
+           'has_result', 'finished', 'this_worker', 'is_ours', 'quiet', 'thinned', 'divided', 'log_density',
+           'Estimator', 'sampler', 'complete_slots', 'begin_study', 'join_study', 'give_back', 'waiting',
+           'has_forerunner', 'take_slot', 'is_lost', 'release_lost', 'release_ours', 'trial_table']
 
 # %% ../../nbs/optimizer/04b_study.ipynb #5881a31b
 COMPUTED = ("exchange", "universe", "strategy", "filters", "sizing", "vol_target", "risk", "throttle", "execution", "costs",
@@ -197,6 +197,39 @@ def divided(
     return [trial for trial in trials if trial.number in best], [trial for trial in trials if trial.number not in best]
 
 
+def _mass(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    "The logarithm of the normal probability between two places, left below right."
+    from scipy.special import ndtr
+
+    flip = left + right > 0  # on the side where nothing cancels
+    low, high = np.where(flip, -right, left), np.where(flip, -left, right)
+    return np.log(np.maximum(ndtr(high) - ndtr(low), 1e-300))
+
+
+def log_density(
+    estimator: Any,  # Optuna's mixture of products, a kernel for each trial
+    places: dict[str, np.ndarray],  # by parameter, shape (M,)
+) -> np.ndarray:  # shape (M,)
+    "Its `log_pdf`, without a loop over kernels in Python."
+    from scipy.special import logsumexp
+
+    mixture, table = estimator._mixture_distribution, estimator._transform(places)
+    total = np.log(mixture.weights)[None, :] + np.zeros((len(table), 1))
+    for column, part in zip(table.T, mixture.distributions, strict=True):
+        if hasattr(part, "weights"):
+            total += np.log(part.weights[:, column.astype(int)]).T
+            continue
+        scaled = (np.array([[part.adapted_low], [part.adapted_high]]) - part.mu) / part.sigma
+        total -= _mass(scaled[0], scaled[1])
+        if part.step:
+            halves = ((column[:, None] + sign * part.step / 2 - part.mu) / part.sigma for sign in (-1, 1))
+            total += _mass(*halves)
+        else:
+            at = ((np.log(column) if part.is_log else column)[:, None] - part.mu) / part.sigma
+            total -= 0.5 * at**2 + np.log(np.sqrt(2 * np.pi) * part.sigma)
+    return logsumexp(total, axis=1)
+
+
 class Estimator(TPESampler):
     "The sampler of the slots that begin empty; it signs what this process takes."
 
@@ -229,7 +262,7 @@ class Estimator(TPESampler):
         near = self._build_parzen_estimator(study, search_space, good, handle_below=True)
         far = self._build_parzen_estimator(study, search_space, thinned(others), handle_below=False)
         places = near.sample(self._rng.rng, self._n_ei_candidates)
-        best = int(np.argmax(self._compute_acquisition_func(places, near, far)))
+        best = int(np.argmax(log_density(near, places) - log_density(far, places)))
         return {name: space.to_external_repr(places[name][best].item()) for name, space in search_space.items()}
 
 
