@@ -68,6 +68,12 @@ def place(tmp_path_factory) -> Place:
     return Place(tmp_path_factory.mktemp("workers"), trials=60)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Place:
+    "A study of few slots, since a database takes its time for each."
+    return Place(tmp_path_factory.mktemp("few"), trials=20)
+
+
 def ended(process: subprocess.Popen, seconds: float = 120.0) -> tuple[int, str, str]:
     "Exit status, output and errors of a process."
     try:
@@ -279,8 +285,8 @@ def survive_restart(place: Place, server: Postgres, name: str, url: str, workers
         assert_whole(place, study)
 
 
-def test_postgres_is_restarted(place, postgres):
-    survive_restart(place, postgres, "restarted", postgres.url, workers=2)
+def test_postgres_is_restarted(small, postgres):
+    survive_restart(small, postgres, "restarted", postgres.url, workers=2)
 
 
 PROXY = """
@@ -307,17 +313,17 @@ def proxy(server: Postgres) -> Iterator[str]:
         kill(process)
 
 
-def test_workers_behind_a_proxy(place, postgres):
+def test_workers_behind_a_proxy(small, postgres):
     pytest.importorskip("grpc", reason="no package grpcio found")
     with opened(postgres.url) as storage, proxy(postgres) as url:
-        study = place.begin(storage, "behind")
-        crew = [place.worker("behind", "--storage", url) for _ in range(2)]
+        study = small.begin(storage, "behind")
+        crew = [small.worker("behind", "--storage", url) for _ in range(2)]
         wait_for_done(study, 2)
         kill(crew.pop())
         status, out, errors = ended(crew[0])
         assert status == 0, errors
-        assert json.loads(out)["studies"][0]["done"] == place.terms.trials
-        assert_whole(place, study)
+        assert json.loads(out)["studies"][0]["done"] == small.terms.trials
+        assert_whole(small, study)
 
 
 def test_a_server_that_stays_away(place, postgres):
