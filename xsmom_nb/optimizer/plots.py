@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .space import INTERVALS, WEIGHTINGS, chosen
-from .study import quiet
+from .estimator import quiet
 
 if TYPE_CHECKING:
     import matplotlib.axes

@@ -10,23 +10,26 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..backtest.prepared import Prepared
 from ..config import Config
 from ..errors import UsageError
 from .scoring import Score, score_points
 from .space import Value, point_of_trial
-from .study import (
-    Terms, begin_study, complete_slots, finished, give_back, release_lost, start_points, take_slot, waiting)
+from .storage import is_outage, patiently
+from xsmom_nb.optimizer.study import (
+    FINISHED, Terms, begin_study, complete_slots, finished, give_back, has_result, release_lost, release_ours, start_points,
+    take_slot, waiting)
 
 # %% auto #0
-__all__ = ['OnProgress', 'BRACKET', 'KEPT', 'RUNG_SHARE', 'Taken', 'POLL_SECONDS', 'Task', 'Progress', 'progress_of', 'tell',
+__all__ = ['OnProgress', 'BRACKET', 'KEPT', 'RUNG_SHARE', 'Taken', 'POLL_SECONDS', 'Task', 'Progress', 'Tally', 'tell',
            'rung_row', 'best_places', 'cast_net', 'follow_sampler', 'work', 'search', 'Found', 'best_of']
 
 # %% ../../nbs/optimizer/04c_search.ipynb #63299d90
@@ -59,10 +62,29 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-def progress_of(study: optuna.Study) -> Progress:
-    "How far a study is."
-    values = [trial.value for trial in finished(study).values() if trial.state is TrialState.COMPLETE and trial.value is not None]
-    return Progress(len(finished(study)), study.user_attrs["terms"]["trials"], max(values, default=float("nan")))
+class Tally:
+    "How far a study is; asked after each trial, it looks only at what is new."
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study, self._total = study, int(study.user_attrs["terms"]["trials"])
+        self._seen: set[int] = set()
+        self._slots: set[int] = set()
+        self._best = float("nan")
+
+    def progress(self) -> Progress:
+        "The progress of the whole study, whoever worked on it."
+        for trial in self._study.get_trials(deepcopy=False, states=FINISHED):
+            if trial.number not in self._seen:
+                self._seen.add(trial.number)
+                self._count(trial)
+        return Progress(len(self._slots), self._total, self._best)
+
+    def _count(self, trial: FrozenTrial) -> None:
+        "Take a trial in that has ended."
+        if has_result(trial):
+            self._slots.add(trial.user_attrs["slot"])
+        if trial.state is TrialState.COMPLETE and trial.value is not None:
+            self._best = float(np.fmax(self._best, trial.value))
 
 # %% ../../nbs/optimizer/04c_search.ipynb #d0f28fe2
 def tell(
@@ -71,20 +93,25 @@ def tell(
     score: Score,
     stopped: bool = False,  # at the rung: the score is of a part of the history
 ) -> bool:  # False: it came too late
-    "Write down what a trial came to."
+    "Write down what a trial came to; asks again while the storage does not answer."
     try:
-        if score.why:
-            trial.set_user_attr("why", score.why)
-            study.tell(trial, state=TrialState.FAIL)
-            return True
-        trial.set_user_attr("metrics", score.metrics)
-        if stopped:
-            study.tell(trial, state=TrialState.PRUNED)
-        else:
-            study.tell(trial, score.value)
+        patiently(lambda: _tell(study, trial, score, stopped))
     except (UpdateFinishedTrialError, ValueError):
         return False
     return True
+
+
+def _tell(study: optuna.Study, trial: Trial, score: Score, stopped: bool) -> None:
+    "Write down a reason, or figures and a value."
+    if score.why:
+        trial.set_user_attr("why", score.why)
+        study.tell(trial, state=TrialState.FAIL)
+        return
+    trial.set_user_attr("metrics", score.metrics)
+    if stopped:
+        study.tell(trial, state=TrialState.PRUNED)
+    else:
+        study.tell(trial, score.value)
 
 # %% ../../nbs/optimizer/04c_search.ipynb #b1e7535f
 BRACKET = 24  # points that are compared at the rung
@@ -116,10 +143,9 @@ def _run_bracket(study: optuna.Study, task: Task, bracket: Sequence[Taken]) -> N
     "Look at a part of the history, and at all of it for the best."
     early = task.scores([point for _, point in bracket], rung_row(task.first, task.end))
     go_on = best_places([score.value for score in early], max(1, KEPT * len(bracket) // BRACKET))
-    for (trial, _), score in zip(bracket, early, strict=True):
-        if not score.why:
-            trial.report(score.value, step=1)
     for place, ((trial, _), score) in enumerate(zip(bracket, early, strict=True)):
+        if not score.why:
+            patiently(partial(trial.report, score.value, step=1))
         if place not in go_on:
             tell(study, trial, score, stopped=True)
     for place, score in zip(go_on, task.scores([bracket[place][1] for place in go_on]), strict=True):
@@ -130,6 +156,7 @@ def cast_net(
     study: optuna.Study,
     task: Task,
     on_progress: OnProgress,
+    tally: Tally,
 ) -> None:
     "Try the slots that hold a point, one bracket after the other."
     while True:
@@ -142,15 +169,16 @@ def cast_net(
             _run_bracket(study, task, bracket)
         except BaseException:
             for trial, _ in bracket:
-                give_back(study, trial.number, task.names)
+                patiently(partial(give_back, study, trial.number, task.names))
             raise
-        on_progress(progress_of(study))
+        on_progress(tally.progress())
 
 # %% ../../nbs/optimizer/04c_search.ipynb #f7c25686
 def follow_sampler(
     study: optuna.Study,
     task: Task,
     on_progress: OnProgress,
+    tally: Tally,
 ) -> None:
     "Try the slots that the sampler fills, as many at a time as there are threads."
     running: deque[tuple[Trial, Future[list[Score]]]] = deque()
@@ -161,13 +189,15 @@ def follow_sampler(
                     running.append((taken[0], pool.submit(task.scores, [taken[1]], None, 1)))
                 if not running:
                     return
-                tell(study, running[0][0], running[0][1].result()[0])
-                running.popleft()
-                on_progress(progress_of(study))
-        except BaseException:
+                score = running[0][1].result()[0]
+                tell(study, running.popleft()[0], score)
+                on_progress(tally.progress())
+        except BaseException as error:
             for trial, future in running:
-                future.cancel()
-                give_back(study, trial.number, task.names)
+                if is_outage(error) or not future.cancel():  # it is computed, or nearly
+                    tell(study, trial, future.result()[0])
+                else:
+                    patiently(partial(give_back, study, trial.number, task.names))
             raise
 
 # %% ../../nbs/optimizer/04c_search.ipynb #310866b4
@@ -176,10 +206,16 @@ def work(
     task: Task,
     on_progress: OnProgress = lambda progress: None,
 ) -> None:
-    "Try free slots until there are none."
-    while waiting(study):
-        cast_net(study, task, on_progress)
-        follow_sampler(study, task, on_progress)
+    "Try free slots until there are none; a storage that does not answer for a while is waited for."
+    tally = Tally(study)
+    while patiently(partial(waiting, study)):
+        try:
+            cast_net(study, task, on_progress, tally)
+            follow_sampler(study, task, on_progress, tally)
+        except Exception as error:
+            if not is_outage(error):
+                raise
+            patiently(partial(release_ours, study, task.names))
 
 
 POLL_SECONDS = 0.5
@@ -197,13 +233,13 @@ def search(
     "Begin a study or go on with it, and return when it is complete; raises `RefusedError` for one of other terms."
     points = start_points(terms.trials, terms.seed, known, task.names)
     study = begin_study(storage, name, terms, points, task.names)
-    while len(finished(study)) < terms.trials:
-        release_lost(study, names=task.names)
-        complete_slots(study, points, task.names)
+    while len(patiently(partial(finished, study))) < terms.trials:
+        patiently(partial(release_lost, study, names=task.names))
+        patiently(partial(complete_slots, study, points, task.names))
         work(study, task, on_progress)
-        if len(finished(study)) < terms.trials:
+        if len(patiently(partial(finished, study))) < terms.trials:
             wait(POLL_SECONDS)
-    on_progress(progress_of(study))
+    on_progress(patiently(Tally(study).progress))
     return study
 
 # %% ../../nbs/optimizer/04c_search.ipynb #f8b9f562

@@ -5,74 +5,113 @@
 # %% ../../nbs/optimizer/04_storage.ipynb #a07de45d
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from contextlib import ExitStack
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.storages.journal._storage import JournalOperation
 
 from ..errors import ConfigError, StateError
-from ..files import locked, make_folder
+from ..files import make_folder
 from ..operations import holds_password
 
 # %% auto #0
-__all__ = ['KernelLock', 'mend', 'Journal', 'open_storage']
+__all__ = ['LOCK_SECONDS', 'DETAILS', 'PATIENCE_SECONDS', 'Answer', 'KernelLock', 'mend', 'can_wait', 'Journal', 'open_storage',
+           'is_outage', 'patiently', 'reaching']
 
 # %% ../../nbs/optimizer/04_storage.ipynb #b3550d96
+LOCK_SECONDS = 30.0  # to wait for another process
+
+
 class KernelLock(BaseJournalFileLock):
     "An exclusive lock between processes that ends with its holder."
 
     def __init__(self, path: Path) -> None:
-        self._path, self._held = path, ExitStack()
+        self._path = path
+        self._descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the end of a process, `os` is gone before us
+        close(self._descriptor)
 
     def acquire(self) -> bool:
-        "Wait for the lock; raises `XsmomError` when somebody keeps it."
-        self._held.enter_context(locked(self._path))
-        return True
+        "Wait for the lock; raises `StateError` when somebody keeps it."
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise StateError(f"{self._path}: locked by another process for more than {LOCK_SECONDS:g} s; expected "
+                                     "milliseconds; end the process that hangs") from error
+                time.sleep(0.001)
 
     def release(self) -> None:
         "Give it back."
-        self._held.close()
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
 # %% ../../nbs/optimizer/04_storage.ipynb #ba0517e9
 def mend(
-    path: Path,  # of a journal that is locked
+    file: BinaryIO,  # a journal, opened for reading and writing, that is locked
 ) -> int:  # bytes removed
-    "Cut off half a line at the end of a journal."
-    with open(path, "rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size == 0:
-            return 0
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) == b"\n":
-            return 0
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
+    "Cut off half a line at the end of a journal, and stay at its end."
+    size = file.seek(0, os.SEEK_END)
+    if size == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n":
+        return 0
+    file.seek(0)
+    whole = file.read().rfind(b"\n") + 1
+    file.truncate(whole)
+    file.seek(whole)
     return size - whole
 
 # %% ../../nbs/optimizer/04_storage.ipynb #8155d0e0
+DETAILS = (JournalOperation.SET_TRIAL_PARAM, JournalOperation.SET_TRIAL_INTERMEDIATE_VALUE, JournalOperation.SET_TRIAL_USER_ATTR)
+
+
+def can_wait(
+    event: dict[str, Any],
+) -> bool:
+    "Whether an event is of no use to anybody before its trial has ended."
+    return event["op_code"] in DETAILS and "worker" not in event.get("user_attr", {})
+
+
 class Journal(JournalFileBackend):
     "A journal file that survives the death of those who write it."
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         make_folder(path.parent)
-        super().__init__(str(path), lock_obj=KernelLock(path))
-        with locked(path):
-            mend(path)
+        lock = KernelLock(path)
+        super().__init__(str(path), lock_obj=lock)
+        self._held: list[dict[str, Any]] = []
+        self.append_logs([])
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        "Add events at the end, whole lines only."
-        lines = "".join(json.dumps(event, separators=(",", ":")) + "\n" for event in logs)
-        with locked(self._path):
-            mend(self._path)
-            with open(self._path, "ab") as file:
+        "Add events at the end, whole lines only; raises `StateError` when the file is gone."
+        self._held += logs
+        if logs and all(can_wait(event) for event in logs):
+            return
+        lines = "".join(json.dumps(event, separators=(",", ":")) + "\n" for event in self._held)
+        self._lock.acquire()
+        try:
+            with open(self._file_path, "rb+") as file:
+                mend(file)
                 file.write(lines.encode())
+        except FileNotFoundError as error:
+            raise StateError(f"{self._file_path}: the journal of the studies is gone; expected the file that was opened; "
+                             "bring it back, or begin the studies anew") from error
+        finally:
+            self._lock.release()
+        self._held.clear()
 
 # %% ../../nbs/optimizer/04_storage.ipynb #d03a9200
 def _proxy(address: str) -> BaseStorage:
@@ -103,3 +142,46 @@ def open_storage(
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StateError(f"optimizer.storage = {url}: the storage cannot be opened: {first}; expected a database that answers; "
                          "start it, or correct the URL (PostgreSQL needs the extra `distributed`)") from error
+
+# %% ../../nbs/optimizer/04_storage.ipynb #d0f2f20b
+PATIENCE_SECONDS = 60.0
+Answer = TypeVar("Answer")
+
+
+def is_outage(
+    error: BaseException,
+) -> bool:
+    "Whether an error means that the storage did not answer, and may answer later."
+    kinds: list[type[BaseException]] = [StorageInternalError, OSError]
+    for module, name in (("sqlalchemy.exc", "SQLAlchemyError"), ("grpc", "RpcError")):  # not loaded: never raised
+        if module in sys.modules:
+            kinds.append(getattr(sys.modules[module], name))
+    return isinstance(error, tuple(kinds)) and not isinstance(error, FileNotFoundError)
+
+
+def patiently(
+    call: Callable[[], Answer],  # may be made twice
+    seconds: float | None = None,  # None: `PATIENCE_SECONDS`
+) -> Answer:
+    "What a call gives, made again while the storage does not answer."
+    from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
+
+    most = PATIENCE_SECONDS if seconds is None else seconds
+    again = Retrying(stop=stop_after_delay(most), wait=wait_exponential(multiplier=0.1, max=2.0),
+                     retry=retry_if_exception(is_outage), reraise=True)
+    return again(call)
+
+
+@contextmanager
+def reaching(
+    storage: str,  # what it is called: a URL or a file
+) -> Iterator[None]:
+    "Turn whatever a storage that is gone raises into a `StateError`."
+    try:
+        yield
+    except Exception as error:
+        if not is_outage(error) and not isinstance(error, FileNotFoundError):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise StateError(f"{storage}: the storage of the studies does not answer: {lines[0]}; expected it to be back within "
+                         f"{PATIENCE_SECONDS:g} s; start it and go on: nothing that was finished is lost") from error

@@ -8,16 +8,15 @@ from __future__ import annotations
 import os
 import socket
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pandas as pd
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
@@ -25,20 +24,21 @@ from ..compiled import source_digest
 from ..config import Config, flatten
 from ..errors import RefusedError, UsageError
 from ..files import canonical_json, sha256_bytes
+from .estimator import Estimator, quiet
 from .space import Value, distributions, draw, point_of_trial, trial_parameters
 
 # %% auto #0
-__all__ = ['COMPUTED', 'WHAT', 'START_SHARE', 'FINISHED', 'LOST_AFTER_SECONDS', 'search_digest', 'Terms', 'require_same',
-           'start_points', 'finished', 'quiet', 'sampler', 'complete_slots', 'begin_study', 'join_study', 'this_worker',
-           'give_back', 'waiting', 'take_slot', 'is_lost', 'release_lost', 'trial_table']
+__all__ = ['COMPUTED', 'WHAT', 'START_SHARE', 'FINISHED', 'Signature', 'LOST_AFTER_SECONDS', 'UNSIGNED_SECONDS', 'search_digest',
+           'Terms', 'require_same', 'start_points', 'has_result', 'finished', 'this_worker', 'is_ours', 'Signing',
+           'sampler', 'complete_slots', 'begin_study', 'join_study', 'give_back', 'waiting', 'has_forerunner',
+           'take_slot', 'is_lost', 'release_lost', 'release_ours', 'trial_table']
 
 # %% ../../nbs/optimizer/04b_study.ipynb #de6733d3
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 # %% ../../nbs/optimizer/04b_study.ipynb #5881a31b
 COMPUTED = ("exchange", "universe", "strategy", "filters", "sizing", "vol_target", "risk", "throttle", "execution", "costs",
-            "backtest",
-            "optimizer")
+            "backtest", "optimizer")
 
 
 def search_digest(
@@ -115,27 +115,65 @@ def _slot(number: int, point: dict[str, Value] | None, names: Sequence[str] | No
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
+def has_result(
+    trial: FrozenTrial,  # that has ended
+) -> bool:
+    "Whether a slot is done by a trial."
+    return "slot" in trial.user_attrs and (trial.state is not TrialState.FAIL or "why" in trial.user_attrs)
+
+
 def finished(study: optuna.Study) -> dict[int, FrozenTrial]:  # by slot
     "The slots that have their result; a failure counts when it has a reason."
     trials = study.get_trials(deepcopy=False, states=FINISHED)
-    return {trial.user_attrs["slot"]: trial for trial in trials
-            if "slot" in trial.user_attrs and (trial.state is not TrialState.FAIL or "why" in trial.user_attrs)}
+    return {trial.user_attrs["slot"]: trial for trial in trials if has_result(trial)}
+
+# %% ../../nbs/optimizer/04b_study.ipynb #cc55da59
+Signature = dict[str, str | int | float]
+
+
+def this_worker() -> Signature:
+    "The signature of this process: host, process id, when that process began, and the time."
+    return {"host": socket.gethostname(), "pid": os.getpid(), "began": _own_beginning(os.getpid()), "since": time.time()}
+
+
+def _began(pid: int) -> str:
+    "When a process of this host began, in its kernel's ticks; empty where there is no such process, or no telling."
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+@cache
+def _own_beginning(pid: int) -> str:
+    "When this process began; a child that was forked has another number."
+    return _began(pid)
+
+
+def is_ours(
+    trial: FrozenTrial,
+) -> bool:
+    "Whether this very process took a trial."
+    worker = trial.user_attrs.get("worker") or {}
+    return {**worker, "since": 0} == {**this_worker(), "since": 0}
 
 # %% ../../nbs/optimizer/04b_study.ipynb #ccf430c4
-@contextmanager
-def quiet() -> Iterator[None]:
-    "Optuna without its warnings about parts that may change between versions: ours is pinned."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        yield
+class Signing(Estimator):
+    "Proposes points for the slots that begin empty, and signs what this process takes."
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        "Write down who runs a trial, before a proposal is thought about."
+        signature = this_worker()
+        study._storage.set_trial_user_attr(trial._trial_id, "worker", signature)
+        trial.set_user_attr("worker", signature)
 
 
-def sampler(seed: int) -> optuna.samplers.BaseSampler:
-    "The sampler of the slots that begin empty: a tree-structured Parzen estimator over all dimensions together."
+def sampler(seed: int) -> Signing:
+    "A sampler for a process of a study."
     with quiet():
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=False, n_startup_trials=1)
+        return Signing(seed)
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #f506261a
 def complete_slots(
     study: optuna.Study,
     points: Sequence[dict[str, Value]],  # of the first slots
@@ -160,6 +198,7 @@ def begin_study(
     study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True,
                                 sampler=sampler(terms.seed))
     if "terms" not in study.user_attrs:
+        study.set_user_attr("names", list(names) if names is not None else None)
         study.set_user_attr("terms", asdict(terms))
     require_same(name, study.user_attrs["terms"], terms)
     complete_slots(study, points, names)
@@ -182,19 +221,6 @@ def join_study(
     return study
 
 # %% ../../nbs/optimizer/04b_study.ipynb #8de0616d
-def this_worker() -> str:
-    "The name of this process: host, process id, and when that process began."
-    return f"{socket.gethostname()}:{os.getpid()}:{_began(os.getpid())}"
-
-
-def _began(pid: int) -> str:
-    "When a process of this host began, in its kernel's ticks; empty where there is no such process."
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
 def give_back(
     study: optuna.Study,
     number: int,  # of a trial that runs
@@ -203,7 +229,7 @@ def give_back(
     "End a trial without a result, and let its slot wait again."
     try:
         trial = study.tell(number, state=TrialState.FAIL)
-    except ValueError:
+    except (UpdateFinishedTrialError, ValueError):
         return False
     if "slot" in trial.user_attrs:
         point = point_of_trial(trial.params) if trial.user_attrs["source"] == "start" else None
@@ -211,19 +237,21 @@ def give_back(
     return True
 
 
-@contextmanager
-def _without_sampling(study: optuna.Study) -> Iterator[None]:
-    "While a slot that has its point is taken, there is nothing to propose."
-    thinker, study.sampler = study.sampler, optuna.samplers.RandomSampler(seed=0)
-    try:
-        yield
-    finally:
-        study.sampler = thinker
-
-
 def waiting(study: optuna.Study) -> list[FrozenTrial]:
     "The slots that nobody has taken, in their order."
     return study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+
+
+def has_forerunner(
+    study: optuna.Study,
+    trial: FrozenTrial | Trial,  # that was taken
+) -> bool:
+    "Whether an earlier trial of the same slot waits, runs or has its result."
+    slot = trial.user_attrs["slot"]
+    if trial.number <= slot:  # of the first that were written down
+        return False
+    return any(each.user_attrs.get("slot") == slot and (each.state is not TrialState.FAIL or "why" in each.user_attrs)
+               for each in study.get_trials(deepcopy=False)[:trial.number])
 
 
 def take_slot(
@@ -233,19 +261,18 @@ def take_slot(
 ) -> tuple[Trial, dict[str, Value]] | None:  # a running trial and its point; None: the next slot is none of these
     "Take the next slot; the sampler proposes a point where it has none."
     while (free := waiting(study)) and free[0].user_attrs["source"] == source:
-        if source == "start":
-            with _without_sampling(study):
-                trial = study.ask()
+        trial = study.ask(distributions(names) if source == "sampler" else None)
+        if trial.user_attrs.get("source") != source:
+            give_back(study, trial.number, names)  # another process took the one that we saw
+        elif has_forerunner(study, trial):
+            study.tell(trial, state=TrialState.FAIL)
         else:
-            trial = study.ask(distributions(names))
-        if trial.user_attrs.get("source") == source:
-            trial.set_user_attr("worker", this_worker())
             return trial, point_of_trial(trial.params)
-        give_back(study, trial.number, names)  # another process took the one that we saw
     return None
 
 # %% ../../nbs/optimizer/04b_study.ipynb #de96892f
-LOST_AFTER_SECONDS = 600.0
+LOST_AFTER_SECONDS = 600.0  # on another host
+UNSIGNED_SECONDS = 30.0  # between taking a slot and signing: milliseconds, where nobody dies
 
 
 def is_lost(
@@ -253,13 +280,13 @@ def is_lost(
     now_seconds: float,  # since the epoch
 ) -> bool:
     "Whether the process that runs a trial is gone."
-    worker = str(trial.user_attrs.get("worker", ""))
-    host, _, process = worker.partition(":")
-    pid, _, began = process.partition(":")
-    if host == socket.gethostname() and pid.isdecimal():
-        return _began(int(pid)) != began
-    started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-    return now_seconds - started > LOST_AFTER_SECONDS
+    worker = trial.user_attrs.get("worker")
+    if worker is None:
+        started = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+        return abs(now_seconds - started) > UNSIGNED_SECONDS
+    if worker["host"] == socket.gethostname() and worker["began"]:
+        return _began(worker["pid"]) != worker["began"]
+    return now_seconds - worker["since"] > LOST_AFTER_SECONDS
 
 
 def release_lost(
@@ -271,6 +298,15 @@ def release_lost(
     now = time.time() if now_seconds is None else now_seconds
     lost = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if is_lost(trial, now)]
     return [trial.user_attrs.get("slot", -1) for trial in lost if give_back(study, trial.number, names)]
+
+# %% ../../nbs/optimizer/04b_study.ipynb #62d706ae
+def release_ours(
+    study: optuna.Study,
+    names: Sequence[str] | None = None,  # searched parameters; None: all
+) -> list[int]:  # slots that are free again
+    "Free all slots that this process took and has no result for."
+    ours = [trial for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if is_ours(trial)]
+    return [trial.user_attrs["slot"] for trial in ours if give_back(study, trial.number, names)]
 
 # %% ../../nbs/optimizer/04b_study.ipynb #8c42f3d2
 def trial_table(
