@@ -25,6 +25,7 @@ from ..errors import DataError, IntegrityError
 from ..exchange.books import fee_of
 from ..exchange.frictions import REAL
 from ..exchange.matching import venue_of
+from ..execution.intents import has_our_name
 from ..market.panel import FIELDS, Panel
 from ..ports import Fill, LedgerEntry
 
@@ -202,7 +203,7 @@ def outside_events(
     "What others did to the account."
     found: list[Fill | LedgerEntry] = []
     for hour in books:
-        found += [fill for fill in hour.fills if not fill.link_id and not fill.order_id.startswith(CARRIED_OUT)]
+        found += [fill for fill in hour.fills if not has_our_name(fill.link_id) and not fill.order_id.startswith(CARRIED_OUT)]
         found += [entry for entry in hour.entries if entry.kind == "transfer"]
     return tuple(sorted(found, key=lambda event: event.time_ms))
 
