@@ -46,8 +46,8 @@ def latest_parity(
     try:
         return None if kept is None else ParityFigure(**kept)
     except TypeError as error:
-        raise StateError(f"state {state.location}: the memory {PARITY!r} is {kept!r}; expected what a parity ledger keeps; make a new one "
-                         "with `xsmom run parity_ledger`") from error
+        raise StateError(f"state {state.location}: the memory {PARITY!r} is {kept!r}; expected what a parity ledger keeps; make "
+                         "a new one with `xsmom run parity_ledger`") from error
 
 # %% ../../nbs/backtest/14_figure.ipynb #d26c5ac0
 def keep_figure(

@@ -71,7 +71,8 @@ def opening_of(
     memory: Memory,  # with which it was decided
 ) -> Opening:
     "What an account had when a decision was taken."
-    return Opening(snapshot.time_ms, snapshot.row_ms, snapshot.account.wallet_balance, snapshot.account.equity, snapshot.positions,
+    account = snapshot.account
+    return Opening(snapshot.time_ms, snapshot.row_ms, account.wallet_balance, account.equity, snapshot.positions,
                    snapshot.open_orders, memory)
 
 # %% ../../nbs/backtest/08d_opening.ipynb #827f62c2
@@ -201,8 +202,8 @@ def continued_backtest(
     first, last = ((each - int(panel.open_time_ms[0])) // step_ms for each in (opening.row_ms, end_ms))
     if not 0 <= first < last < panel.shape[0]:
         span = f"{format_utc(int(panel.open_time_ms[0]))} to {format_utc(int(panel.open_time_ms[-1]))}"
-        raise DataError(f"bars from {format_utc(opening.row_ms)} to {format_utc(end_ms)} are asked for, {panel.origin} has {span}; "
-                        "expected all of them and more than one: `xsmom data sync`")
+        asked = f"bars from {format_utc(opening.row_ms)} to {format_utc(end_ms)}"
+        raise DataError(f"{asked}: {panel.origin} has {span}; expected all of them, and more than one: `xsmom data sync`")
     seen = panel.slice(end_ms=end_ms)
     plan = plan_run(prepare_run(seen, config), config)
     plan = plan._replace(flows=still_row(plan.flows, first))

@@ -167,8 +167,8 @@ def _lived(stage: Stage, opening: Opening, begun: float, path: pd.Series) -> Liv
                   funding, fills, path - begun)
     apart = float(path.iloc[-1]) - begun - paid_in - lived.gain
     if not abs(apart) <= BALANCE * max(1.0, begun * 1e-4):
-        raise DataError(f"hours from {format_utc(opening.time_ms)} lived again: fills, closes and funding explain all of the equity but "
-                        f"{apart:.8f}; expected at most {BALANCE}, which is a fault of this program")
+        raise DataError(f"hours from {format_utc(opening.time_ms)} lived again: fills, closes and funding explain all of the "
+                        f"equity but {apart:.8f}; expected at most {BALANCE}: a fault of this program")
     return lived
 
 
@@ -198,8 +198,8 @@ def relive(
     first, last = ((each - first_ms) // step_ms for each in (opening.row_ms, end_row_ms))
     if not 0 <= first < last < panel.shape[0]:
         span = f"{format_utc(first_ms)} to {format_utc(int(panel.open_time_ms[-1]))}"
-        raise DataError(f"bars from {format_utc(opening.row_ms)} to {format_utc(end_row_ms)} are asked for, {panel.origin} has {span}; "
-                        "expected all of them, and more than one: `xsmom data sync`")
+        asked = f"bars from {format_utc(opening.row_ms)} to {format_utc(end_row_ms)}"
+        raise DataError(f"{asked}: {panel.origin} has {span}; expected all of them, and more than one: `xsmom data sync`")
     window = Window(first, last, opening.row_ms, end_row_ms, holdout=False)
     with ExitStack() as stack:
         stage = open_stage(stack, panel, config, window, inner, frictions, False, opening)
