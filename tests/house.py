@@ -40,7 +40,7 @@ LAYERS = (
     ("runs",),
     ("ops",),
     (("console options cli_data cli_config cli_runs cli_state cli_launch cli_live cli_status cli_lookahead cli_resume "
-     "cli_stream cli_sync cli_exchange baseline rehearsal proof cli"),),
+     "cli_stream cli_sync cli_exchange cli_honesty baseline rehearsal proof cli"),),
 )
 
 
