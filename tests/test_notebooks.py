@@ -28,6 +28,8 @@ ONLY_COMPILED = {  # module to what Python does otherwise
     "backtest.vector": "backtests years of bars, which takes Python minutes; the kernel's own notebook reaches every line",
     "compiled": "is about compiling",
     "exchange.fills": "divides scalars by zero, for which compiled code has inf and Python an exception",
+    "optimizer.discovery": "sends markets through the whole optimizer, which takes Python minutes",
+    "optimizer.pipeline": "sends a market through the whole optimizer, which takes Python minutes",
 }
 
 
