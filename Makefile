@@ -19,7 +19,7 @@ SET_VERSION := import configparser, nbdev.config as nbdev; own = configparser.Co
 	nbdev.set_version('xsmom_nb', own['DEFAULT']['version'])
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench proof setup lab export readme notebooks clean-notebooks lock hooks clean clean-all
+.PHONY: help run test check bench proof honesty setup lab export readme notebooks clean-notebooks lock hooks clean clean-all
 
 help: ## This list
 	@echo "xsmom_nb: notebooks in nbs/ are the source, xsmom_nb/ is exported from them."
@@ -43,6 +43,9 @@ bench: setup ## This engine against its peers, kept and shown in the README; QUI
 
 proof: setup ## The long proofs as audited runs, the better part of an hour: parity over 60 days, look-ahead, a quarter of replay, the simulator, bad weather
 	@xsmom proof $(WHAT)
+
+honesty: setup ## How often the optimizer deploys on noise and on planted edges, 700 markets, an audited run of half an hour; a killed one goes on
+	@xsmom honesty
 
 setup: ## Make .venv from requirements.lock; done once, and again when the lock changes
 	@$(FIND_PYTHON); $$python .ci/setup.py $(VENV)

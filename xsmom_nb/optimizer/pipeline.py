@@ -23,6 +23,7 @@ from ..config import Config
 from ..errors import XsmomError
 from ..files import canonical_json, sha256_bytes
 from ..market.panel import Panel
+from ..operations import Gate
 from .folds import Rows, first_holdout_row
 from .gate import Evidence, Verdict, judge
 from .honesty import RecordFigures, SearchFigures, judge_record, judge_search
@@ -175,6 +176,15 @@ def evidence_of(
         holdout_baseline=holdout.baseline.metrics.get("sharpe") if holdout else None)
 
 # %% ../../nbs/optimizer/07b_pipeline.ipynb #0f1c9743
+def _refuses(
+    evidence: Evidence,
+    gate: Gate,
+) -> bool:
+    "Whether what is known already is not good enough, whatever the rest may be."
+    known = [each for each in judge(evidence, gate).criteria if each.value is not None and each.limit is not None]
+    return evidence.deflated_sharpe is None or not all(each.ok for each in known)
+
+
 def optimize(
     panel: Panel,  # with the holdout
     ground: Ground,  # of the same panel
@@ -182,10 +192,11 @@ def optimize(
     registry: Registry,
     holdout: bool = False,  # look at the holdout; it is counted
     on_progress: OnStudy = lambda name, progress: None,
+    thorough: bool = True,  # False: compute and look at nothing more once a refusal is certain
 ) -> Findings:
     "Search, judge, and say whether the candidate may be deployed."
     name, plan, notes, seed = study_name(ground), ground.plan, list[str](), ground.seed
-    trials = ground.base.optimizer.trials
+    trials, gate = ground.base.optimizer.trials, ground.base.optimizer.gate
     registry.look(ground.panel, Rows(plan.folds[0].train.first, plan.final.end), "search", name, trials * (len(plan.folds) + 1))
     looks = registry.look(ground.panel, plan.tested, "out_of_sample", name)
     result = walk(ground, storage, name, on_progress)
@@ -194,14 +205,21 @@ def optimize(
     record, theirs = (_attempt(notes, "record", lambda path=path: judge_record(path, result.timeframe,
                                                                                looks))  # type: ignore[misc]
                       for path in (median_path(result.candidate), median_path(result.baseline)))
-    search = _attempt(notes, "search", lambda: judge_search(trial_returns(ground, final, plan.final), result.timeframe,
-                                                            seed=seed))
-    report = _attempt(notes, "stress", lambda: stress(ground.prepared, candidate, symbols, *plan.usable, seed,
-                                                      threads=ground.threads))
-    kept = look_at_holdout(panel, ground, candidate, registry, name) if holdout else None
-    verdict = judge(evidence_of(ground, result, record, search, report, kept), ground.base.optimizer.gate)
+    search, report, kept = None, None, None
+
+    def evidence() -> Evidence:
+        return evidence_of(ground, result, record, search, report, kept)
+
+    if thorough or not _refuses(evidence(), gate):
+        search = _attempt(notes, "search", lambda: judge_search(trial_returns(ground, final, plan.final), result.timeframe,
+                                                                seed=seed))
+    if thorough or (search and not _refuses(evidence(), gate)):
+        report = _attempt(notes, "stress", lambda: stress(ground.prepared, candidate, symbols, *plan.usable, seed,
+                                                          threads=ground.threads))
+    if holdout and (thorough or (report and not _refuses(evidence(), gate))):
+        kept = look_at_holdout(panel, ground, candidate, registry, name)
     changed = changed_parameters(ground.base, candidate)
-    return Findings(name, result, candidate, changed, record, theirs, search, report, kept, verdict, tuple(notes))
+    return Findings(name, result, candidate, changed, record, theirs, search, report, kept, judge(evidence(), gate), tuple(notes))
 
 # %% ../../nbs/optimizer/07b_pipeline.ipynb #f7748f24
 def record_frame(
