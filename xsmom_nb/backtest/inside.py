@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from ..clock import Clock
 from ..config import Config
 from ..decision import as_json
-from ..exchange.books import Books, Step, fee_of, filled
+from ..exchange.books import ZERO, Books, Holding, Step, fee_of, filled, posted
 from ..exchange.fills import slippage_bps
 from ..exchange.matching import WHOLE, Depth, Venue, ended
 from ..exchange.paper import Action, PaperExchange, met
 from ..execution.reconcile import ask, book_news
 from ..live.guard import heard, leaving_after
 from ..live.memory import RISK, follow, recall
-from ..ports import Fill, Instrument, OrderRequest, Position, Submission
+from ..ports import Fill, Instrument, LedgerEntry, OrderRequest, Position, Submission
 from ..risk.exits import ExitRules, Tick, exit_rules, step_position
 from ..risk.tracking import Leaving, SymbolRisk, Yardstick, measured
 from ..state import State, save_memory
@@ -76,6 +76,21 @@ class InsideExchange(PaperExchange):
         request = OrderRequest("inside", symbol, "Sell", "Market", quantity, None, "IOC", reduce_only=True)
         name, depth = f"inside-{symbol}-{now_ms // 60_000:x}-{number}{WHOLE}", met(self, request, self._config, now_ms, False)[2]
         self._account.change(lambda _: _leaving(symbol, quantity, at, name, depth, self.venue))
+
+    def happen(
+        self,
+        event: Fill | LedgerEntry,  # a trade by no order of ours, or money that came or went
+    ) -> None:
+        "Let something happen to the account that it did not do itself."
+        def book(connection: Connection, books: Books, now_ms: int) -> tuple[Step, Submission]:
+            if isinstance(event, LedgerEntry):
+                return posted(books, replace(event, time_ms=now_ms)), Submission("accepted")
+            step_ms = self.venue.step_ms
+            fresh = Holding(ZERO, ZERO, event.price, now_ms // step_ms * step_ms, now_ms + 1)
+            holdings = {event.symbol: fresh, **books.holdings}
+            return filled(replace(books, holdings=holdings), replace(event, time_ms=now_ms)), Submission("accepted")
+
+        self._account.change(lambda _: book)
 
 # %% ../../nbs/backtest/08c_inside.ipynb #3f33a838
 def exits_inside(

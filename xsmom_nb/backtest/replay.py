@@ -17,6 +17,7 @@ import pandas as pd
 
 from .inside import InsideExchange, leave_inside
 from .metrics import compute_metrics
+from .opening import Opening, begin_account, begin_state
 from .vector import BacktestResult
 from .window import Window, decision_window
 from ..clock import SimulatedClock, bars_per_year, format_utc, timeframe_ms
@@ -46,7 +47,7 @@ from ..strategy.core import history_bars
 
 # %% auto #0
 __all__ = ['NOWHERE', 'OUT_OF_REACH', 'BALANCE', 'replay_config', 'Stage', 'open_stage', 'stops_between', 'HeardBars',
-           'balanced_frame', 'trades_of', 'ReplayResult', 'replay']
+           'look_at_bars', 'balanced_frame', 'trades_of', 'ReplayResult', 'replay']
 
 # %% ../../nbs/backtest/09_replay.ipynb #b02c7a46
 NOWHERE = f"{os.devnull}/none"  # a file that cannot exist
@@ -110,17 +111,24 @@ def open_stage(
     inner: Panel | None,
     frictions: Frictions,
     keep_decisions: bool,
+    opening: Opening | None = None,  # what the account begins with; None: `backtest.initial_equity`, and flat
 ) -> Stage:
     "Open everything at the time of the first cycle."
     own, step_ms = replay_config(config, frictions), timeframe_ms(panel.timeframe)
-    clock = SimulatedClock(window.start_ms + step_ms)
+    close_ms = window.start_ms + step_ms
+    clock = SimulatedClock(max(close_ms, opening.time_ms) if opening is not None and frictions.delay else close_ms)
     market = RecordedMarket(panel, clock, own.paper.spread_bps, inner, frictions)
-    port = stack.enter_context(
-        InsideExchange(market, clock, own, database=memory_database(MIGRATIONS), frictions=frictions))
+    database = memory_database(MIGRATIONS)
+    if opening is not None:
+        begin_account(database, opening, own.paper.seed, step_ms, market.pieces, clock.now_ms())
+    port = stack.enter_context(InsideExchange(market, clock, own, database=database, frictions=frictions))
     bars = history_bars(own) if frictions.window else max(window.last_row + 1, history_bars(own))
     history = History(port, panel.timeframe, bars, origin=panel.origin)
     state = stack.enter_context(memory_state())
-    remember(state, Memory(brakes=Brakes(resume_days=config.backtest.hard_kill_resume_days)), clock.now_ms())
+    if opening is not None:
+        begin_state(state, opening, clock.now_ms())
+    else:
+        remember(state, Memory(brakes=Brakes(resume_days=config.backtest.hard_kill_resume_days)), clock.now_ms())
     return Stage(panel, own, clock, market, port, state, history, _Kept(keep_decisions), frictions)
 
 # %% ../../nbs/backtest/09_replay.ipynb #5c452594
@@ -189,7 +197,7 @@ class _Diary:
         self.looks.append(equity)
 
 
-def _look(stage: Stage, heard: HeardBars, time_ms: int) -> None:
+def look_at_bars(stage: Stage, heard: HeardBars, time_ms: int) -> None:
     "Let the guard look, or carry its exits out as arithmetic does."
     if stage.frictions.exits:
         guard_once(stage.port, stage.state, stage.clock, stage.config, heard, "replay")
@@ -214,7 +222,7 @@ def _play(
             for time_ms in stops_between(stage, row_ms + step_ms):
                 stage.clock.set(time_ms)
                 heard = HeardBars(stage.market, stage.panel.symbols, stage.panel.timeframe, heard_ms, time_ms)
-                _look(stage, heard, time_ms)
+                look_at_bars(stage, heard, time_ms)
                 heard_ms = time_ms
                 diary.look(time_ms, float(stage.port.fetch_account().equity))
         stage.clock.set(row_ms + step_ms + delay_ms)
