@@ -2995,6 +2995,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'xsmom_nb/optimizer/rollout.py'),
                                             'xsmom_nb.optimizer.rollout.risk_criteria': ( 'optimizer/rollout.html#risk_criteria',
                                                                                           'xsmom_nb/optimizer/rollout.py'),
+                                            'xsmom_nb.optimizer.rollout.rule_on': ( 'optimizer/rollout.html#rule_on',
+                                                                                    'xsmom_nb/optimizer/rollout.py'),
                                             'xsmom_nb.optimizer.rollout.stability_index': ( 'optimizer/rollout.html#stability_index',
                                                                                             'xsmom_nb/optimizer/rollout.py'),
                                             'xsmom_nb.optimizer.rollout.step_rollout': ( 'optimizer/rollout.html#step_rollout',
