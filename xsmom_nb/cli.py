@@ -11,9 +11,10 @@ from typing import Annotated
 
 import typer
 
-from . import __version__, baseline, cli_config, cli_data, cli_launch, cli_live, cli_lookahead, cli_runs, cli_state
-from . import cli_deploy, cli_exchange, cli_optimize, cli_resume, cli_status, cli_stream, cli_sync, cli_worker
-from . import proof, rehearsal
+from . import (
+    __version__, baseline, cli_config, cli_data, cli_deploy, cli_exchange, cli_honesty, cli_launch, cli_live, cli_lookahead,
+    cli_optimize,
+    cli_resume, cli_rollout, cli_runs, cli_state, cli_status, cli_stream, cli_sync, cli_worker, proof, rehearsal)
 from .console import examples, new_app, print_facts, print_json
 from .options import JsonOption
 
@@ -26,8 +27,8 @@ app = new_app(
     add_completion=True,
     epilog="Exit status: 0 done, 1 failed, 2 wrong usage or config, 3 refused by a safety rule.",
 )
-for room in (baseline, rehearsal, proof, cli_launch, cli_live, cli_status, cli_stream, cli_resume, cli_lookahead,
-             cli_optimize, cli_worker):
+for room in (baseline, rehearsal, proof, cli_launch, cli_live, cli_status, cli_stream, cli_resume, cli_lookahead, cli_optimize,
+             cli_worker, cli_rollout, cli_honesty):
     app.registered_commands += room.app.registered_commands
 cli_data.app.registered_commands += cli_sync.app.registered_commands
 cli_config.app.registered_commands += cli_deploy.app.registered_commands

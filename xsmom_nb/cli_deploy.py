@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from xsmom_nb.state import State
 
 # %% auto #0
-__all__ = ['app', 'STEPS_SHOWN', 'step_as_json', 'show_history', 'promote_version', 'roll_back']
+__all__ = ['app', 'STEPS_SHOWN', 'opened_deployments', 'step_as_json', 'show_history', 'promote_version', 'roll_back']
 
 # %% ../nbs/93b_cli_deploy.ipynb #2eea3324
 app = new_app("Which config is live, and how that is changed.")
@@ -52,7 +52,7 @@ def _configs() -> Path:
 
 
 @contextmanager
-def _opened() -> Iterator[tuple[State, Path, int]]:
+def opened_deployments() -> Iterator[tuple[State, Path, int]]:
     "State, folder of the configs, and the time."
     from xsmom_nb.clock import SystemClock
     from xsmom_nb.runs.execute import find_project
@@ -123,7 +123,7 @@ def show_history(as_json: JsonOption = False) -> None:
     from xsmom_nb.optimizer.deploy import history
     from xsmom_nb.optimizer.versions import listed
 
-    with _opened() as (state, folder, now_ms):
+    with opened_deployments() as (state, folder, now_ms):
         told = history(state, folder, now_ms)
     current = told.current
     if as_json:
@@ -175,7 +175,7 @@ def promote_version(
     "Make a version the live config, or begin its rollout; refused unless the gate has approved it."
     from xsmom_nb.optimizer.deploy import promote
 
-    with _opened() as (state, folder, now_ms):
+    with opened_deployments() as (state, folder, now_ms):
         step = promote(state, folder, version, who=_person(), now_ms=now_ms, reason=reason, force=force, stage=stage)
     _print_step(step, as_json)
 
@@ -193,6 +193,6 @@ def roll_back(
 
     if not reason.strip():
         raise UsageError("--reason is empty; expected a sentence on what went wrong: it is kept")
-    with _opened() as (state, folder, now_ms):
+    with opened_deployments() as (state, folder, now_ms):
         step = rollback(state, folder, version, who=_person(), reason=reason, now_ms=now_ms)
     _print_step(step, as_json)

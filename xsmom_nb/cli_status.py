@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from xsmom_nb.live.status import PaperStanding, Standing
 
 # %% auto #0
-__all__ = ['app', 'MESSAGES_SHOWN', 'AccountOption', 'warnings_of', 'age', 'status_facts', 'print_positions', 'status_as_json',
-           'read_account', 'status']
+__all__ = ['app', 'MESSAGES_SHOWN', 'AccountOption', 'warnings_of', 'age', 'version_facts', 'status_facts', 'print_positions',
+           'status_as_json', 'read_account', 'status']
 
 # %% ../nbs/95c_cli_status.ipynb #c7e4e2ab
 app = new_app("See where an account stands.")
@@ -56,6 +56,17 @@ def age(
     return f"{seconds / length:,.0f} {unit}"
 
 # %% ../nbs/95c_cli_status.ipynb #3256df3e
+def version_facts(
+    standing: Standing,
+) -> dict[str, str]:  # a line each
+    "Version and stage of the config in words."
+    from xsmom_nb.clock import format_utc
+
+    return {{"live": "version"}.get(each.status, each.status):
+            f"{each.version}, stage {each.stage}, {each.share:.0%} of its targets, since {format_utc(each.since_ms)}"
+            for each in sorted(standing.deployed, key=lambda each: each.status, reverse=True)}
+
+# %% ../nbs/95c_cli_status.ipynb #27c48e7d
 def status_facts(
     standing: Standing,
     paper: PaperStanding | None,
@@ -74,6 +85,7 @@ def status_facts(
     reached = f"equity {paper.account.equity:,.2f} at {when(paper.reached_ms)}" if paper is not None else None
     row_ms = standing.memory.last_row_ms
     return {
+        **version_facts(standing),
         "equity": f"{standing.equity:,.2f}, wallet {standing.wallet_balance:,.2f} at {when(standing.time_ms or 0)}",
         "today": f"{standing.today or 0:+.2%}, {standing.drawdown or 0:.2%} below the 30-day high",
         "paper": f"{reached}, {len(paper.open_orders)} open orders" if paper is not None else None,

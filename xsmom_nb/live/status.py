@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ..config import Config
 from ..database import open_database, sql
 from ..decision import Memory
+from ..deployments import Deployment, deployments
 from ..errors import StateError
 from ..exchange.account_file import MIGRATIONS, load_account, readable
 from ..exchange.books import account_of, one_leverage, positions_of
@@ -59,6 +60,7 @@ class Standing:
     heartbeats: tuple[Heartbeat, ...]
     leases: tuple[Lease, ...]  # some may be of dead processes
     events: tuple[Event, ...]  # that nobody was told of yet
+    deployed: tuple[Deployment, ...] = ()  # the version that is live, and the candidate, as far as there are any
 
     @property
     def today(self) -> float | None:
@@ -91,7 +93,8 @@ def read_standing(
             memory=recall_in(connection, state),
             positions={symbol: held_of(connection, symbol) for symbol in held_quantities(connection)},
             intents=tuple(unfinished_intents(connection)), heartbeats=tuple(heartbeats(connection)),
-            leases=tuple(read_leases(connection)), events=tuple(undelivered(connection)))
+            leases=tuple(read_leases(connection)), events=tuple(undelivered(connection)),
+            deployed=tuple(each for each in deployments(connection) if each.status in ("live", "candidate")))
 
 # %% ../../nbs/live/03_status.ipynb #9ab1e440
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from ..state import State
 # %% auto #0
 __all__ = ['MOST_DRIFT', 'BINS', 'FALSE_ALARM', 'WIDTH', 'Action', 'WAITING', 'FEWEST_FILLS', 'WATCHED_HOURS', 'Facts',
            'stability_index', 'surprises_of', 'evidence_against', 'Ruling', 'fill_error', 'risk_criteria',
-           'expected_returns', 'judge', 'watched', 'step_rollout']
+           'expected_returns', 'judge', 'watched', 'rule_on', 'step_rollout']
 
 # %% ../../nbs/optimizer/09_rollout.ipynb #371e7ca2
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Facts:
 
     version: str  # that the facts are about
     stage: str
-    parity_bps_per_day: float | None = None  # what no part of the parity ledger explains, mean of the days' absolute values
+    parity_bps_per_day: float | None = None  # what no part of the newest parity ledger explains
     drawdown_pct: float | None = None  # from the highest equity of the stage, %
     killed: bool | None = None  # whether the kill switch acted in the stage
     fills: int = 0  # in the stage
@@ -43,6 +43,7 @@ class Facts:
     slippage_error_bps: float | None = None  # standard error of the difference of the two
     input_drift: float | None = None  # population stability index of the inputs, see below
     surprises: tuple[float, ...] | None = None  # of each whole day since the rollout began, see below
+    missing: Mapping[str, str] = field(default_factory=dict)  # why a fact was not measured, by its name
 
 # %% ../../nbs/optimizer/09_rollout.ipynb #49b240ac
 MOST_DRIFT = 0.25  # population stability index above which the inputs are another population
@@ -120,10 +121,10 @@ class Ruling:
 WAITING = ("hours", "untouched")  # criteria for which one waits; all others break a rollout
 
 
-def _at_most(name: str, value: float | None, limit: float, why: str) -> Finding:
+def _at_most(name: str, value: float | None, limit: float, why: str, missing: str | None = None) -> Finding:
     "A criterion with an upper limit; a value that is missing, or NaN, is not known."
     if value is None or math.isnan(value):
-        return Finding(name, None, limit, None, f"{why}: it was not measured")
+        return Finding(name, None, limit, None, f"{why}: it was not measured{f', {missing}' if missing else ''}")
     return Finding(name, value, limit, value <= limit, why)
 
 # %% ../../nbs/optimizer/09_rollout.ipynb #a61d3aee
@@ -139,7 +140,8 @@ def fill_error(
     why = f"realised slippage against {most:g} times the modelled one, bps, and two standard errors"
     known = facts.slippage_bps, facts.modelled_slippage_bps, facts.slippage_error_bps
     if facts.fills < FEWEST_FILLS or any(each is None for each in known):
-        return Finding("fill_error", facts.slippage_bps, None, None, f"{why}: {facts.fills} fills, {FEWEST_FILLS} are needed")
+        unknown = facts.missing.get("slippage_bps", f"{facts.fills} fills, {FEWEST_FILLS} are needed")
+        return Finding("fill_error", facts.slippage_bps, None, None, f"{why}: {unknown}")
     realised, modelled, error = (float(each or 0.0) for each in known)
     return _at_most("fill_error", realised, most * modelled + 2.0 * error, why)
 
@@ -158,10 +160,12 @@ def risk_criteria(
     if is_last and hours > WATCHED_HOURS:
         drawdown = Finding("drawdown", facts.drawdown_pct, None, ok=True, why="left to the kill switch after thirty days")
     else:
-        drawdown = _at_most("drawdown", facts.drawdown_pct, limit, "from the highest equity of the stage, %")
+        drawdown = _at_most("drawdown", facts.drawdown_pct, limit, "from the highest equity of the stage, %",
+                            facts.missing.get("drawdown_pct"))
     said = {True: "it acted", False: "it did not act", None: "it is not known whether it acted"}[facts.killed]
+    unknown = f", {facts.missing['killed']}" if facts.killed is None and "killed" in facts.missing else ""
     return [drawdown, Finding("kill_switch", said, "not reached", None if facts.killed is None else not facts.killed,
-                                "kill switch in this stage")]
+                                f"kill switch in this stage{unknown}")]
 
 
 def expected_returns(
@@ -171,7 +175,7 @@ def expected_returns(
     limit = 1.0 / FALSE_ALARM
     why = f"sequential test of live against expected returns, false alarm {FALSE_ALARM:.0%} in a lifetime"
     if facts.surprises is None:
-        return _at_most("expected_returns", None, limit, why)
+        return _at_most("expected_returns", None, limit, why, facts.missing.get("surprises"))
     most = math.exp(min(float(evidence_against(facts.surprises).max(initial=0.0)), 700.0))  # beyond that it overflows
     return _at_most("expected_returns", most, limit, f"{why}, {len(facts.surprises)} days")
 
@@ -192,10 +196,12 @@ def judge(
     least = float(stages[number][2])
     criteria = (
         Finding("hours", hours, least, hours >= least, "least hours in this stage"),
-        _at_most("parity", facts.parity_bps_per_day, limits.max_parity_bps_per_day, "unexplained by the ledger, bps a day"),
+        _at_most("parity", facts.parity_bps_per_day, limits.max_parity_bps_per_day, "unexplained by the ledger, bps a day",
+                 facts.missing.get("parity_bps_per_day")),
         *risk_criteria(facts, hours, number == len(stages) - 1, config),
         fill_error(facts, config),
-        _at_most("input_drift", facts.input_drift, MOST_DRIFT, "population stability index of the inputs"),
+        _at_most("input_drift", facts.input_drift, MOST_DRIFT, "population stability index of the inputs",
+                 facts.missing.get("input_drift")),
         expected_returns(facts),
     )
     if any(each.ok is False and each.criterion not in WAITING for each in criteria):
@@ -215,6 +221,25 @@ def watched(
     with state.read() as connection:
         came = [step for step in steps(connection, "done", "logged") if step.action in ("adopt", "promote", "rollback")]
     return current.live if came and came[-1].action == "promote" else None
+
+
+def rule_on(
+    current: Current,
+    version: Deployment,  # that is watched
+    facts: Facts,
+    now_ms: int,  # UTC ms
+) -> Ruling:
+    "What is to become of the version that is watched; changes nothing, raises `RefusedError` for facts of something else."
+    if (facts.version, facts.stage) != (version.version, version.stage):
+        raise RefusedError(f"these facts are of {facts.version} in stage {facts.stage}, watched is {version.version} in stage "
+                           f"{version.stage}; measure that one")
+    ruling = judge(version.stage, (now_ms - version.since_ms) / 3_600_000, facts, current.config or Config())
+    if not current.edits and current.config is not None:
+        return ruling
+    edited = Finding("untouched", listed(current.edits) if current.edits else current.trouble, "no edit by hand", ok=False,
+                       why="the live config was edited by hand while it is watched; undo it")
+    action: Action = "roll_back" if ruling.action == "roll_back" else "stay"
+    return Ruling(ruling.version, ruling.stage, action, "" if action == "roll_back" else ruling.stage, (*ruling.criteria, edited))
 
 
 def _tell_once(state: State, ruling: Ruling, now_ms: int) -> None:
@@ -239,16 +264,7 @@ def step_rollout(
     current = read_current(state, folder)
     if (version := watched(state, current)) is None:
         return None
-    if (facts.version, facts.stage) != (version.version, version.stage):
-        raise RefusedError(f"these facts are of {facts.version} in stage {facts.stage}, watched is {version.version} in stage "
-                           f"{version.stage}; measure that one")
-    ruling = judge(version.stage, (now_ms - version.since_ms) / 3_600_000, facts, current.config or Config())
-    if current.edits or current.config is None:
-        edited = Finding("untouched", listed(current.edits) if current.edits else current.trouble, "no edit by hand", ok=False,
-                           why="the live config was edited by hand while it is watched; undo it")
-        action: Action = "roll_back" if ruling.action == "roll_back" else "stay"
-        ruling = Ruling(ruling.version, ruling.stage, action, "" if action == "roll_back" else ruling.stage,
-                        (*ruling.criteria, edited))
+    ruling = rule_on(current, version, facts, now_ms)
     if ruling.action == "roll_back":
         rollback(state, folder, who=who, reason=ruling.why, now_ms=now_ms, judged=ruling.version)
     elif ruling.action == "advance":
