@@ -39,8 +39,8 @@ LAYERS = (
     ("optimizer",),
     ("runs",),
     ("ops",),
-    (("console options cli_data cli_config cli_deploy cli_runs cli_state cli_launch cli_live cli_status cli_lookahead "
-     "cli_resume cli_stream cli_sync cli_exchange cli_optimize cli_worker cli_honesty cli_rollout baseline rehearsal proof cli"),),
+    (("console options cli_data cli_config cli_deploy cli_runs cli_state cli_launch cli_live cli_status cli_lookahead cli_resume "
+     "cli_stream cli_sync cli_exchange cli_optimize cli_worker cli_honesty cli_rollout baseline rehearsal proof cli"),),
 )
 
 

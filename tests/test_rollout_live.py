@@ -165,7 +165,8 @@ def test_a_ledger_beyond_the_budget_takes_the_version_back(rollout):
     rollout.begin("small")
     rollout.equity(*[10_000.0] * 26)
     assert rollout.ask(26, "--step")["action"] == "stay"
-    figure = {"bps_per_day": 9.0, "start_ms": START + HOUR, "end_ms": START + 25 * HOUR, "time_ms": START + 25 * HOUR, "run_id": "r"}
+    ended = START + 25 * HOUR
+    figure = {"bps_per_day": 9.0, "start_ms": START + HOUR, "end_ms": ended, "time_ms": ended, "run_id": "r"}
     with rollout.state.write() as connection:
         save_memory(connection, PARITY, {**figure, "start_ms": START - HOUR}, START)  # of another config's hours, in part
     assert criteria(rollout.ask(26, "--step"))["parity"] is None

@@ -140,8 +140,12 @@ class Findings:
                    (("candidate", self.holdout.candidate), ("baseline", self.holdout.baseline))} if self.holdout else None
         figures = {name: asdict(each) if each else None for name, each in
                    (("record", self.record), ("baseline_record", self.baseline_record), ("search", self.search))}
+        folds = [{"number": each.fold.number, "train": list(each.fold.train), "test": list(each.fold.test),
+                  "point": each.winner.restrained.point, "in_sample": each.winner.restrained.value,
+                  "best_of_search": each.winner.found.value, "outside": each.outside.value, "baseline": each.baseline.value}
+                 for each in self.walk.folds]
         return {
-            "study": self.study, "changed": self.changed, "point": self.walk.final.restrained.point,
+            "folds": folds, "study": self.study, "changed": self.changed, "point": self.walk.final.restrained.point,
             "verdict": self.verdict.as_json(),
             **figures, "stress": self.stress.as_json() if self.stress else None, "notes": list(self.notes),
             "holdout": {**sharpes, "looks": self.holdout.looks} if self.holdout and sharpes else None}
