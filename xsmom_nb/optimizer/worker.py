@@ -20,6 +20,7 @@ from ..backtest.prepared import Prepared, prepare_run
 from ..config import Config
 from ..errors import RefusedError, UsageError
 from ..market.panel import Panel
+from .folds import first_holdout_row
 from .search import OnProgress, POLL_SECONDS, Task, work
 from .storage import patiently
 from .study import FINISHED, Terms, has_result, is_ours, join_study, release_lost, release_ours
@@ -39,8 +40,9 @@ class Desk:
 
     @classmethod
     def of(cls, panel: Panel, config: Config, threads: int = 2) -> Desk:
-        "A market and a config, ready for every study of that config."
-        return cls(panel, config, prepare_run(panel, config), threads)
+        "A market up to its holdout and a config, ready for every study of that config."
+        seen = panel.slice(end_ms=int(panel.open_time_ms[first_holdout_row(panel, config) - 1]))
+        return cls(seen, config, prepare_run(seen, config), threads)
 
 
 def row_at(
