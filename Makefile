@@ -44,7 +44,7 @@ bench: setup ## This engine against its peers, kept and shown in the README; QUI
 proof: setup ## The long proofs as audited runs, the better part of an hour: parity over 60 days, look-ahead, a quarter of replay, the simulator, bad weather
 	@xsmom proof $(WHAT)
 
-honesty: setup ## How often the optimizer deploys on noise and on planted edges, 700 markets, an audited run of half an hour; a killed one goes on
+honesty: setup ## How often the optimizer deploys on noise and on planted edges: 900 markets, audited, half an hour or more; a killed one goes on
 	@xsmom honesty
 
 setup: ## Make .venv from requirements.lock; done once, and again when the lock changes

@@ -19,8 +19,9 @@ from xsmom_nb.optimizer.discovery import (
 )
 from xsmom_nb.optimizer.rates import answers, rate_table
 
-BENCH = standard_bench()
-EDGE = Case("planted", seeds_of(1, "planted", 1)[0], 1.0, 5.0)
+FEW = ("lookback", "vol_lookback", "trade_rate", "rebalance_every_bars", "k_min")  # parameters, so that it takes seconds
+BENCH = replace(standard_bench(), names=FEW, base=with_values(standard_bench().base, {"optimizer.trials": 12}))
+EDGE = Case("planted", seeds_of(1, "planted", 1)[0], 0.7, 2.5)
 NOISE = Case("noise", seeds_of(1, "noise", 1)[0])
 
 
@@ -35,7 +36,7 @@ def test_noise_is_refused_and_an_edge_is_deployed(rows):
     found, _ = rows
     assert [row["name"] for row in found] == [case.name for case in (EDGE, NOISE)]
     table = rate_table(found)
-    assert found[0]["reference"] > 3
+    assert found[0]["reference"] > 2
     assert table["deployed"].tolist() == [1, 0]
     assert answers(table)[0].holds is None  # one market proves nothing, and it says so
 
@@ -53,15 +54,14 @@ def test_what_processes_found_is_found_here_and_is_not_looked_for_twice(rows, tm
 
 
 def test_the_verdict_does_not_depend_on_what_is_left_out(rows):
-    "Every figure of a case that is deployed; and the same case refused for its stress, before the holdout is looked at."
+    "A case that is deployed has every figure; what noise is refused for is refused with every figure too."
     quick, panel = rows[0][0], market_of(EDGE, BENCH)
     whole = examine(panel, BENCH, EDGE.seed, thorough=True)
     assert {name: quick[name] for name in whole} == whole
-    strict = replace(BENCH, base=with_values(BENCH.base, {"optimizer.gate.max_p95_drawdown_pct": 0.5}))
-    refused = examine(panel, strict, EDGE.seed)
-    assert (refused["approved"], refused["refused_for"]) == (False, ["drawdown in 95 % of histories, %"])
-    assert refused["holdout"] is None
-    assert refused["overfitting"] == whole["overfitting"]
+    refused, everything = rows[0][1], examine(market_of(NOISE, BENCH), BENCH, NOISE.seed, thorough=True)
+    assert refused["approved"] == everything["approved"] is False
+    assert set(refused["refused_for"]) <= set(everything["refused_for"])
+    assert (refused["holdout"] is None, everything["holdout"] is None) == (True, False)
 
 
 def test_the_real_market_without_its_order_is_refused(real_panel, tmp_path):

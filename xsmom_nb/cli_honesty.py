@@ -43,7 +43,7 @@ def print_rates(
     "xsmom honesty --markets 20 --controls 10 --per-level 5", "xsmom honesty --seed 2 --json"))
 def honesty(
     markets: Annotated[int, typer.Option("--markets", min=0, help="Synthetic markets without momentum.")] = 300,
-    controls: Annotated[int, typer.Option("--controls", min=0, help="Real markets redrawn; none where there are no data.")] = 120,
+    controls: Annotated[int, typer.Option("--controls", min=0, help="Real markets redrawn; none where there are no data.")] = 300,
     per_level: Annotated[int, typer.Option("--per-level", min=1, help="Markets at each planted Sharpe ratio.")] = 40,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of all markets.")] = 1,
     processes: Annotated[int, typer.Option("--processes", min=0, help="How many; 0: one for each core.")] = 0,
