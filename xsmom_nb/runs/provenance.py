@@ -54,7 +54,7 @@ def _working_patch(
         copy = {"GIT_INDEX_FILE": f"{folder}/index", "GIT_OBJECT_DIRECTORY": f"{folder}/objects"}
         copy["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = objects.strip()
         Path(folder, "objects").mkdir()
-        shutil.copyfile(index.strip(), copy["GIT_INDEX_FILE"])
+        shutil.copy2(index.strip(), copy["GIT_INDEX_FILE"])  # its time too, by which git knows which files to look into
         for arguments in (["--update", "."], ["--", *new] if new else ["--update", "."]):
             if _git(project, "add", *arguments, variables=copy) is None:
                 return None
