@@ -20,7 +20,7 @@ from xsmom_nb.exchange.bybit import BybitExchange, set_up
 from xsmom_nb.exchange.keeper import BarKeeper
 from xsmom_nb.exchange.line import require_addresses
 from xsmom_nb.exchange.server import serving
-from xsmom_nb.exchange.stream import follow, private_channel, public_channel, stream_client, stream_urls
+from xsmom_nb.exchange.stream import Channel, Feed, follow, private_channel, public_channel, stream_client, stream_urls
 from xsmom_nb.exchange.view import AccountView, Quotes
 from xsmom_nb.market.panel import FIELDS, times_ms
 from xsmom_nb.market.store import Store
@@ -407,3 +407,24 @@ def test_the_command_refuses_an_address_elsewhere_and_a_topic_that_is_none(desk,
     unknown = streamed(desk, tmp_path, "--symbol", "NOPEUSDT", "--bars", "1")
     assert unknown.exit_code == 1
     assert "NOPEUSDT" in unknown.output
+
+
+def test_who_is_told_to_end_ends_although_a_message_comes_in_that_moment():
+    "`asyncio.wait_for` of Python 3.11 forgets a cancellation that comes together with what it waits for."
+    heard = []
+
+    class Listener:
+        is_doubtful = False
+        hear = heard.append
+
+    async def whole():
+        inbox, channel = asyncio.Queue(), Channel("wss://nowhere", {"kline.60.BTCUSDT": 600.0})
+        task = asyncio.ensure_future(Feed(None, channel, Listener(), heard.append, asyncio.Lock())._listen(inbox, []))
+        await asyncio.sleep(0.01)
+        inbox.put_nowait({"topic": "kline.60.BTCUSDT"})
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=1.0)
+        assert done == {task}
+        assert task.cancelled()
+
+    asyncio.run(whole())

@@ -217,6 +217,7 @@ class _Line:
             client.reset(ccxt.NetworkError("hung up"))
             await client.aiohttp_close()
         if life is not None:
+            life.cancel()
             await asyncio.wait([life])
             if not life.cancelled():
                 life.exception()  # was told already, or is our own
@@ -238,10 +239,13 @@ class _Ear(_Line):
                 await self._ask()
                 continue
             try:
-                self._take(await asyncio.wait_for(inbox.get(), silence.left()), silence)
+                async with asyncio.timeout(silence.left()):
+                    item = await inbox.get()
             except TimeoutError:
                 self._drain(inbox, silence)  # what came in the last moment
                 await self._after_silence(silence)
+            else:
+                self._take(item, silence)
 
     def _drain(self, inbox: asyncio.Queue[Any], silence: Silence) -> None:
         while not inbox.empty():
@@ -296,10 +300,12 @@ class Feed(_Ear):
         life: asyncio.Future[Any] | None = None
         try:
             if self._channel.is_private:
-                await asyncio.wait_for(client.authenticate(url), _ANSWER_SECONDS)
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    await client.authenticate(url)
             life = asyncio.ensure_future(client.watch_topics(url, ["life"], list(self._channel.limits)))
             life.add_done_callback(inbox.put_nowait)
-            early = await asyncio.wait_for(self._until_acknowledged(inbox), _ANSWER_SECONDS)
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                early = await self._until_acknowledged(inbox)
             self._listener.begin()
             self.connections += 1
             missed = await self._ask()
