@@ -19,7 +19,7 @@ SET_VERSION := import configparser, nbdev.config as nbdev; own = configparser.Co
 	nbdev.set_version('xsmom_nb', own['DEFAULT']['version'])
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench proof honesty setup lab export readme notebooks clean-notebooks lock hooks clean clean-all
+.PHONY: help run test coverage check bench proof honesty setup lab chapter docs export readme notebooks clean-notebooks lock hooks clean clean-all
 
 help: ## This list
 	@echo "xsmom_nb: notebooks in nbs/ are the source, xsmom_nb/ is exported from them."
@@ -31,8 +31,11 @@ run: setup ## The main job: check the data, backtest, trade 48 hours on the pape
 	@printf '\nRehearsal: 48 hours on the paper exchange\n\n'
 	@xsmom rehearsal
 
-test: setup ## Everything CI runs: house checks, ruff, mypy, every notebook, pytest with coverage
+test: setup ## Everything CI runs: house checks, ruff, mypy, every notebook, pytest
 	@bash .ci/run
+
+coverage: setup ## The same, and a table of the lines that were reached; some minutes more
+	@COVERAGE=1 bash .ci/run
 
 check: setup ## The quick part of it, a minute: house checks, ruff, mypy
 	@bash .ci/run ruff mypy house
@@ -50,8 +53,15 @@ honesty: setup ## How often the optimizer deploys on noise and on planted edges:
 setup: ## Make .venv from requirements.lock; done once, and again when the lock changes
 	@$(FIND_PYTHON); $$python .ci/setup.py $(VENV)
 
-lab: setup ## JupyterLab on the notebooks
-	@jupyter lab nbs
+lab: setup ## JupyterLab on the notebooks; LAB="--no-browser --port 8890" is passed on to it
+	@jupyter lab nbs --LabApp.app_settings_dir=configs/lab $(LAB)
+
+chapter: setup ## A new chapter from the template: make chapter NOTEBOOK=nbs/strategy/01a_high_distance.ipynb
+	@python -m xsmom_nb.ops.lab $(or $(NOTEBOOK),"")
+
+docs: setup ## The site: chapters with plots, how-tos, references; into build/docs/html, a minute or two. SERVE=1: and show it
+	@xsmom docs build
+	@$(if $(SERVE),xsmom docs serve)
 
 export: setup ## Notebooks to package (and to README.md); do it after every change of a notebook
 	@nbdev-export
@@ -62,7 +72,7 @@ readme: setup ## README.md alone, from nbs/index.ipynb
 	@python -m xsmom_nb.ops.readme
 
 notebooks: setup ## Execute the chapters that teach with pictures and keep their outputs, so that what a reader sees is today's
-	@for folder in exchange strategy risk backtest; do nbdev-test nbs/$$folder --save --n-workers 2 || exit; done
+	@for folder in guide exchange strategy risk backtest research; do nbdev-test nbs/$$folder --save --n-workers 2 || exit; done
 	@$(MAKE) --no-print-directory clean-notebooks
 
 clean-notebooks: setup ## Strip the notebooks of what is not source or output: execution counts, metadata
@@ -74,11 +84,12 @@ lock: ## Resolve settings.ini into requirements.lock; pins stay unless UPGRADE=-
 		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --quiet -o requirements.lock $(UPGRADE)
 	@echo "requirements.lock: $$(grep -c '^[a-z]' requirements.lock) packages; \`make setup\` installs them"
 
-hooks: setup ## Install the git hooks of .pre-commit-config.yaml and the merge driver for notebooks
+hooks: setup ## Install the git hooks of .pre-commit-config.yaml, and what shows and merges notebooks cell by cell
 	@pre-commit install
 	@git config merge.jupyternotebook.name "merge notebooks cell by cell"
 	@git config merge.jupyternotebook.driver "$(BIN)/nbdev-merge %O %A %B %P"
-	@git config diff.jupyternotebook.command $(BIN)/nbdev-diff-driver
+	@git config diff.jupyternotebook.command "$(BIN)/git-nbdiffdriver diff --ignore-outputs --ignore-metadata --ignore-details"
+	@git config difftool.nbdime.cmd '$(BIN)/git-nbdifftool diff "$$LOCAL" "$$REMOTE" "$$MERGED"'
 
 clean: ## Remove caches and build leftovers; runs, state and .venv stay
 	@rm -rf build dist .coverage .coverage.* htmlcov .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -28,7 +28,7 @@ LONGEST_MODULE = 500  # exported lines of a notebook
 # Which room may lean on which: an import points to a lower layer, to the left, or to an earlier notebook of the same room.
 # A room is a subpackage, or modules of the root that belong together.
 LAYERS = (
-    ("errors files clock sections operations credentials schema config ports compiled",),
+    ("errors files clock sections operations credentials schema config ports compiled logs",),
     ("database state lease outbox deployments", "market"),
     ("exchange",),
     ("strategy", "meta"),
@@ -40,15 +40,16 @@ LAYERS = (
     ("runs",),
     ("ops",),
     (("console options cli_data cli_config cli_deploy cli_runs cli_state cli_launch cli_live cli_status cli_lookahead cli_resume "
-     "cli_stream cli_sync cli_exchange cli_optimize cli_worker cli_honesty cli_rollout baseline rehearsal proof cli"),),
+     "cli_stream cli_sync cli_exchange cli_worker cli_honesty cli_rollout cli_schedule cli_release cli_notify cli_health "
+     "cli_docs baseline rehearsal proof cli"),),
 )
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def notebooks(root: Path = ROOT) -> list[Path]:
-    "Every notebook people edit, in reading order."
+    "Every notebook people edit, in reading order; names that begin with an underscore are passed over, as nbdev does."
     found = (path for folder in ("nbs", "scheduled") for path in (root / folder).rglob("*.ipynb"))
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts))
+    return sorted(path for path in found if not any(part.startswith((".", "_")) for part in path.relative_to(root).parts))
 
 
 def code_cells(notebook: Path) -> Iterator[tuple[int, str]]:

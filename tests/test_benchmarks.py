@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from peers import imported
 from rich.console import Console
 
 from benchmarks import contest, goals, ours
@@ -36,6 +37,8 @@ COMPARED = [name for name, engine in ENGINES.items() if engine.compared_under an
 def test_engines_agree_to_1e_9(engine, setting):
     if contest.absent(engine):
         pytest.skip(f"no package {engine} found")
+    if engine == "vectorbt":
+        imported(engine)
     source = "real" if has_market_data() else "synthetic"
     work = Work(setting, source=source, first_rows=SHORT.get(engine, BARS), frictions=ENGINES[engine].compared_under)
     theirs, own = equity(engine, work), equity("kernel", work)

@@ -23,9 +23,11 @@ import pytest
 from typer.testing import CliRunner
 
 from xsmom_nb.cli import app
+from xsmom_nb.clock import parse_utc
 from xsmom_nb.market.panel import FIELDS
 from xsmom_nb.market.store import Store
 from xsmom_nb.market.synthetic import synthetic_panel
+from xsmom_nb.optimizer.looks import holdout_looks, read_looks
 
 XSMOM = Path(sys.executable).with_name("xsmom")
 DAYS = 60
@@ -316,6 +318,16 @@ def done(xsmom) -> dict[str, Any]:
     answer = xsmom("backtest", "--start", "2024-02-01", "--end", "2024-02-21", "--json")
     assert answer.returncode == 0, answer.stderr
     return json.loads(answer.stdout)  # one object and nothing else
+
+
+def test_a_backtest_that_looks_at_the_holdout_is_counted(xsmom, tree, done):
+    looks = tree / "runs" / "looks.jsonl"
+    assert not looks.exists()  # the backtest before it had no business there
+    answer = xsmom("backtest", "--start", "2024-02-20", "--end", "2024-02-25", "--holdout", "--json")
+    assert answer.returncode == 0, answer.stderr
+    (look,) = read_looks(looks)
+    assert (look.purpose, look.study, look.run_id) == ("holdout", "backtest", json.loads(answer.stdout)["run_id"])
+    assert holdout_looks([look], parse_utc(HOLDOUT), "small") == 1
 
 
 def test_what_json_tells(done, tree):

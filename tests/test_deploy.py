@@ -485,6 +485,7 @@ def test_hours_that_are_simulated_take_a_promoted_config_up(xsmom, tree, monkeyp
 
     write_atomically(tree.configs / "config.yaml", "filters: {regime: {ema_len: 5}}\n")
     monkeypatch.setattr("xsmom_nb.runs.batch.trade_hours", Hours(tree))
+    monkeypatch.setattr(cli_live, "hour_of_report", lambda report: cli_live.Hour("", 0.0, 0, 0, [], ""))
     hours, run = cli_live.run_together(cli_live.config_in_force(), [1, 2, 3, 4], {"data": "", "dataset": ""}, tree.state, print)
     assert [hour.run_id for hour in hours] == ["run-5", "run-5", "run-7", "run-7"]
     assert run.run_id == "run-7"
@@ -497,13 +498,10 @@ class Hours:
         self.tree = tree
 
     def __call__(self, config: Config, times_ms: Any, on_hour: Any, *, goes_on: Any, **_: Any) -> Any:
-        from xsmom_nb import cli_live
-
         length = config.filters.regime.ema_len
         for i, time_ms in enumerate(times_ms):
             if i and not goes_on():
                 break
-            cli_live.hour_of_report = lambda report: cli_live.Hour("", 0.0, 0, 0, [], "")
             on_hour(time_ms)
             if time_ms == 2:
                 write_atomically(self.tree.configs / "config.yaml", "filters: {regime: {ema_len: 7}}\n")

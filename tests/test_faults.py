@@ -64,9 +64,9 @@ KILLS: dict[str, tuple[Any, str, str]] = {  # where a process is killed that has
     "booking funding": (reconcile, "book_ledger", "before"),
     "comparing positions": (reconcile, "differences", "before"),
     "recording": (cycle, "decide", "after"),
-    "remembering": (cycle, "remember", "before"),
-    "before execution": (cycle, "carry_out", "before"),
-    "after execution": (cycle, "carry_out", "after"),
+    "remembering": (cycle, "keep_decided", "before"),
+    "before execution": (cycle, "send_intents", "before"),
+    "after execution": (cycle, "send_intents", "after"),
     "following the fills": (memory, "_tell_exits", "after"),  # inside the transaction
     "keeping what the guard saw": (guard, "_keep", "after"),
     "protecting what was opened": (guard, "_protect", "before"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from peers import imported
 
 from xsmom_nb.backtest.metrics import return_metrics
 from xsmom_nb.backtest.vector import backtest
@@ -14,13 +15,6 @@ from xsmom_nb.config import Config, with_values
 from xsmom_nb.exchange.fills import blended_fee_bps, slippage_bps
 
 DAYS_90 = 90 * 24
-
-
-def imported(name: str):
-    "A peer, without the deprecation warnings of its own imports."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name, reason=f"no package {name} found")
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ def test_from_paper_to_a_quarter_and_back_by_itself(rollout):
     assert (broken["action"], criteria(broken)["drawdown"]) == ("roll_back", False)
     assert (rollout.configs / "config.yaml").read_bytes() == rollout.old
     event = rollout.events()[-1]
-    assert (event.kind, event.level, event.data["action"]) == ("deployment", "WARNING", "rollback")
+    assert (event.kind, event.level, event.data["action"]) == ("rollback", "WARNING", "rollback")
     assert "drawdown" in event.text
     row = rollout.changes()[-1]
     assert (row["action"], row["previous"], row["who"]) == ("rollback", rollout.version, "rollout")

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from xsmom_nb import files
 from xsmom_nb.config import load_config, with_values
 from xsmom_nb.errors import ConfigError, RunError, StateError, UsageError, XsmomError
+from xsmom_nb.outbox import undelivered
 from xsmom_nb.runs.browse import find_run, list_runs
 from xsmom_nb.runs.chain import load_sign_key, parse_entry, public_key, read_chain, seal, settle
 from xsmom_nb.runs.execute import RunFailed, execute_run
@@ -58,6 +59,37 @@ run.logger.info("key", value=secret)
 run.write_json("note", [secret])
 run.write_frame("trades", pd.DataFrame({"note": [secret] * 1000}))
 raise ValueError("cannot use " + secret)
+"""
+KILLS = """
+import os, sys
+from pathlib import Path
+from xsmom_nb.config import load_config
+from xsmom_nb.runs import chain
+from xsmom_nb.runs.execute import Ending, RunFailed, keep_run
+from xsmom_nb.runs.record import OpenRun
+from xsmom_nb.state import State
+
+PLACES = [(owner, name, when) for owner, name in [(chain, "write_atomically"), (chain, "append_line"), (State, "set_chain_head"),
+          (OpenRun, "release")] for when in ("before", "after")]
+
+def dying(step, when):
+    def died(*arguments, **keywords):
+        if when == "after":
+            step(*arguments, **keywords)
+        os._exit(137)
+    return died
+
+for owner, name, when in PLACES:
+    if (child := os.fork()) == 0:
+        setattr(owner, name, dying(getattr(owner, name), when))
+        keep_run("nightly", {}, load_config("defaults"), lambda folder: Ending("failed", "cell 2: no bars", 1),
+                 project=Path(sys.argv[1]), secrets={})
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 137, (name, when)
+    try:
+        keep_run("backtest", {}, load_config("defaults"), lambda folder: Ending("done"), project=Path(sys.argv[1]), secrets={})
+    except RunFailed as error:
+        sys.exit(str(error))
+print(len(PLACES))
 """
 START = """
 import json, sys
@@ -277,6 +309,27 @@ def test_an_interrupted_run_is_sealed_as_aborted(project, state, number):
     wait_for(lambda: is_gone(kernel), 5)
     assert [line.status for line in list_runs(project / "runs")] == ["aborted"]
     assert not problems(project, state)
+
+
+def test_a_failed_run_is_told_of_once_wherever_its_process_is_killed(project, state):
+    done = subprocess.run([sys.executable, "-c", KILLS, str(project)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    nightly = [line.run_id for line in list_runs(project / "runs") if line.kind == "nightly"]
+    assert len(nightly) == int(done.stdout) == 8
+    with state.read() as connection:
+        told = [(event.kind, event.data["run_id"]) for event in undelivered(connection)]
+    assert sorted(told) == sorted(("run_failed", run_id) for run_id in nightly)
+    assert not problems(project, state)
+
+
+def test_a_store_that_is_new_has_no_news_of_old_runs(project, state, config):
+    for number in range(3):
+        run = begin_run(project / "runs", "quick", {}, config)
+        seal(run, "failed", f"reason {number}", state=state)
+    with open_state("sqlite:///state/new.sqlite", base=project) as new:
+        settle(project / "runs", state=new)
+        with new.read() as connection:
+            assert [event.text.rsplit(" ", 1)[1] for event in undelivered(connection)] == ["2"]
 
 
 def test_a_killed_run_is_sealed_at_the_next_start(project, state, config):

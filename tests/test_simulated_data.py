@@ -61,6 +61,8 @@ def simulated(source: Store, folder: Path) -> Iterator[str]:
         finally:
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 0
+    lines = [json.loads(line) for path in (folder / "logs").iterdir() for line in path.read_text().splitlines()]
+    assert [(line["process"], line["event"]) for line in lines][-2:] == [("simulator", "serving"), ("simulator", "ended")]
 
 
 def advance(url: str, hours: int) -> None:

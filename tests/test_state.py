@@ -45,7 +45,7 @@ from xsmom_nb.state import (
 URL = "sqlite:///state.sqlite"
 CODE, NOTEBOOKS = "ab" * 32, "cd" * 32
 TABLES = {"chain", "intents", "orders", "fills", "ledger", "positions", "trades", "equity", "memory", "events", "deployments",
-          "deployment_steps", "heartbeats", "lease", "schema_version"}  # fmt: skip
+          "deployment_steps", "heartbeats", "lease", "messages", "deliveries", "routes", "schema_version"}  # fmt: skip
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_tables_know_the_words_of_the_ports(state):
 def test_newer_store_is_refused_unchanged(state, tmp_path):
     with state.write() as connection:
         connection.execute(sql("UPDATE schema_version SET version = 99"))
-    with pytest.raises(StateError, match=r"schema version 99, this program knows 3: run the newer program"):
+    with pytest.raises(StateError, match=r"schema version 99, this program knows 4: run the newer program"):
         open_state(URL, base=tmp_path)
     assert one(state, "SELECT version FROM schema_version") == 99
 
@@ -427,7 +427,7 @@ def test_export_is_canonical_and_without_secrets(state, tmp_path, monkeypatch):
 def test_check_says_what_is_wrong(state, tmp_path):
     well = call(tmp_path, "check")
     assert (well.exit_code, well.stderr) == (0, "")
-    assert "1 rows in 15 tables hold together" in well.stdout
+    assert "1 rows in 18 tables hold together" in well.stdout
     with state.write() as connection:
         connection.execute(sql("INSERT INTO positions (symbol, quantity, version, updated_ms) VALUES ('BTCUSDT', '-0.3', 1, 0)"))
         connection.execute(sql("INSERT INTO fills VALUES ('f1', 'o1', 'l1', 'BTCUSDT', 'Sell', '0.2', '1', '0', 0, 0)"))

@@ -154,9 +154,9 @@ def test_confirmed_bars_land_in_the_store_bit_for_bit(desk):
     async def story(client):
         await wait_for(desk.connected())
         assert_stored(desk, 0)  # by REST, before anything was told
-        for _ in range(3):
+        for hour in range(3):  # one after the other: a repair that is under way would be first with the next bar
             await desk.side("advance", by_ms=HOUR)
-        await wait_for(lambda: len(desk.bars) >= 6 and not keeper.is_doubtful)
+            await wait_for(lambda told=2 * (hour + 1): len(desk.bars) >= told and not keeper.is_doubtful)
 
     run(desk, [bars_of(keeper)], story)
     assert_stored(desk, 3)
@@ -379,6 +379,7 @@ def streamed(desk, folder, *options, hours=0):
     with ThreadPoolExecutor(1) as pool:
         passing = pool.submit(pass_hours) if hours else None
         done = CliRunner().invoke(app, ["stream", "--config", "defaults", "--set", 'live.mode="simulator"', "--set", address,
+                                        "--set", f"logging.directory={json.dumps(str(folder / 'logs'))}",
                                         "--data", str(folder), "--dataset", "streamed", "--start", start, *options])
         if passing:
             passing.result()
@@ -397,6 +398,10 @@ def test_the_command_keeps_a_store_current(desk, tmp_path):
     assert again.exit_code == 0, again.output
     assert "BTCUSDT" in again.output
     assert_stored(desk, 6)
+    lines = [json.loads(line) for path in (tmp_path / "logs").iterdir() for line in path.read_text().splitlines()]
+    assert {line["process"] for line in lines} == {"stream"}
+    assert [line["event"] for line in lines if line["event"] != "line"] == ["streaming", "ended"] * 2
+    assert sum(": connection 1, " in line.get("said", "") for line in lines) == 2
 
 
 def test_the_command_refuses_an_address_elsewhere_and_a_topic_that_is_none(desk, tmp_path):

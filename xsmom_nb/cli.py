@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from . import (
-    __version__, baseline, cli_config, cli_data, cli_deploy, cli_exchange, cli_honesty, cli_launch, cli_live, cli_lookahead,
-    cli_optimize,
-    cli_resume, cli_rollout, cli_runs, cli_state, cli_status, cli_stream, cli_sync, cli_worker, proof, rehearsal)
+    __version__, baseline, cli_config, cli_data, cli_deploy, cli_docs, cli_exchange, cli_health, cli_honesty, cli_launch,
+    cli_live, cli_lookahead, cli_notify, cli_release, cli_resume, cli_rollout, cli_runs, cli_schedule, cli_state, cli_status,
+    cli_stream, cli_sync, cli_worker, proof, rehearsal)
 from .console import examples, new_app, print_facts, print_json
 from .options import JsonOption
 
@@ -27,7 +27,7 @@ app = new_app(
     add_completion=True,
     epilog="Exit status: 0 done, 1 failed, 2 wrong usage or config, 3 refused by a safety rule.",
 )
-for room in (baseline, rehearsal, proof, cli_launch, cli_live, cli_status, cli_stream, cli_resume, cli_lookahead, cli_optimize,
+for room in (baseline, rehearsal, proof, cli_launch, cli_live, cli_status, cli_health, cli_stream, cli_resume, cli_lookahead,
              cli_worker, cli_rollout, cli_honesty):
     app.registered_commands += room.app.registered_commands
 cli_data.app.registered_commands += cli_sync.app.registered_commands
@@ -37,6 +37,10 @@ app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_exchange.app, name="exchange")
 app.add_typer(cli_config.app, name="config")
 app.add_typer(cli_state.app, name="state")
+app.add_typer(cli_schedule.app, name="schedule")
+app.add_typer(cli_notify.app, name="notify")
+app.add_typer(cli_release.app, name="release")
+app.add_typer(cli_docs.app, name="docs")
 
 # %% ../nbs/97_cli.ipynb #e6ed1e69
 def _print_version(wanted: bool) -> None:

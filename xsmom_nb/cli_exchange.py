@@ -136,6 +136,8 @@ def simulate(
     from xsmom_nb.exchange.launch import simulator_on
     from xsmom_nb.exchange.pace import Mode
     from xsmom_nb.exchange.server import serve
+    from xsmom_nb.logs import day_log, logger, opened
+    from xsmom_nb.runs.execute import find_project
 
     if mode not in ("running", "paused", "stepped"):
         raise UsageError(f"--mode {mode!r}: expected running, paused or stepped")
@@ -146,7 +148,12 @@ def simulate(
     contracts = f"{len(simulator.market.symbols(scene.start_ms))} contracts of {scene.panel.origin}"
     span = f"{format_utc(scene.start_ms)} to {format_utc(scene.end_ms)}"
 
+    log = logger(process="simulator")
+
     def ready(url: str) -> None:
+        log.info("serving", url=url, contracts=contracts, span=span, mode=mode, speed=speed)
         typer.echo(f"{url}  {contracts}, {span}, {mode} at {speed:g}×")
 
-    serve(simulator, port=port, ready=ready)
+    with opened(day_log(effective.logging, find_project())):
+        serve(simulator, port=port, ready=ready)
+        log.info("ended")

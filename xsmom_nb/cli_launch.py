@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['app', 'MARKET', 'HEADLINES', 'checked_window', 'market_parameters', 'run_as_json', 'seconds_of', 'print_run',
-           'launch', 'run_notebook', 'backtest']
+           'launch', 'run_notebook', 'as_asked', 'backtest', 'optimize']
 
 # %% ../nbs/95_cli_launch.ipynb #e1b7af15
 app = new_app("Start a run.")
@@ -166,6 +166,13 @@ def run_notebook(
     launch(name, parameters, effective, as_json)
 
 # %% ../nbs/95_cli_launch.ipynb #0f81bde2
+def as_asked(data: str | None, dataset: str | None, timeframe: str | None, start: str | None, end: str | None,
+             holdout: bool) -> dict[str, Any]:
+    "The six from a command's options; empty text for one that is not given."
+    texts = (option or "" for option in (data, dataset, timeframe, start, end))
+    return dict(zip(MARKET, (*texts, holdout), strict=True))
+
+
 @app.command(
     "backtest",
     epilog=examples(
@@ -188,6 +195,34 @@ def backtest(
 ) -> None:
     "Backtest the config, as an audited run."
     effective = runnable_config(config, settings)
-    texts = {"data": data, "dataset": dataset, "timeframe": timeframe, "start": start, "end": end}
-    asked = {**{name: text or "" for name, text in texts.items()}, "holdout": holdout}
+    asked = as_asked(data, dataset, timeframe, start, end, holdout)
     launch("backtest", market_parameters(effective, asked), effective, as_json)
+
+# %% ../nbs/95_cli_launch.ipynb #f435627d
+@app.command(
+    "optimize",
+    epilog=examples(
+        "xsmom optimize                                   # every candidate is refused: the holdout stays closed",
+        "xsmom optimize --holdout                         # a look that is counted",
+        "xsmom optimize --set optimizer.trials=60 --timeframe 4h --json",
+    ),
+)
+def optimize(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    data: DataOption = None,
+    dataset: DatasetOption = None,
+    timeframe: TimeframeOption = None,
+    start: StartOption = None,
+    end: EndOption = None,
+    holdout: HoldoutOption = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the quasi-random start and of the sampler.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="0: one for each core.")] = 0,
+    deploy: Annotated[bool, typer.Option("--deploy", help="Begin the rollout of an approved candidate.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    "Search, walk forward, stress, and ask the gate, as an audited run; one that was killed goes on where it was."
+    effective = runnable_config(config, settings)
+    asked = as_asked(data, dataset, timeframe, start, end, holdout)
+    own = {"seed": seed, "threads": threads, "deploy": deploy}
+    launch("optimize", {**market_parameters(effective, asked), **own}, effective, as_json)

@@ -301,10 +301,10 @@ def prune(
     keep = effective.runs
     with opened_state(effective) as state:
         pruned = prune_runs(runs_root(effective), state, keep.keep_full_days, keep.keep_daily_days, dry_run=dry_run)
-    freed = sum(each.bytes for each in pruned)
+    freed = sum(each.freed_bytes for each in pruned)
     if as_json:
         print_json({"dry_run": dry_run, "bytes": freed, "runs": [vars(each) for each in pruned]})
         return
     if pruned:
-        print_table(["run", "kind", "MB"], [[each.run_id, each.kind, f"{each.bytes / 1e6:.2f}"] for each in pruned])
+        print_table(["run", "kind", "MB"], [[each.run_id, each.kind, f"{each.freed_bytes / 1e6:.2f}"] for each in pruned])
     typer.echo(f"{len(pruned)} runs {'would be' if dry_run else 'were'} pruned, {freed / 1e6:.1f} MB")

@@ -58,14 +58,20 @@ def keep_current(
     from xsmom_nb.exchange.keeper import BarKeeper
     from xsmom_nb.exchange.line import open_line
     from xsmom_nb.exchange.stream import follow, open_stream, public_channel
+    from xsmom_nb.logs import logger
     from xsmom_nb.ports import Bar
 
-    clock, got = SystemClock(), dict.fromkeys(symbols, 0)
-    said = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
+    clock, got, log = SystemClock(), dict.fromkeys(symbols, 0), logger(process="stream")
+    echo = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
+
+    def said(line: str) -> None:
+        log.info("line", said=line)
+        echo(line)
 
     def on_bar(symbol: str, bar: Bar) -> None:
         got[symbol] += 1
-        said(f"{symbol} {format_utc(bar.open_time_ms)} close {bar.close:g}")
+        log.debug("bar", symbol=symbol, open_time=format_utc(bar.open_time_ms), close=bar.close)
+        echo(f"{symbol} {format_utc(bar.open_time_ms)} close {bar.close:g}")
 
     port = BybitMarket(open_line(config, clock), config.exchange.quote)
     keeper = BarKeeper(port, store, symbols, timeframe, start_ms, on_bar, said)
@@ -75,7 +81,11 @@ def keep_current(
     def is_enough() -> bool:
         return bars is not None and min(got.values()) >= bars and not keeper.is_doubtful
 
-    asyncio.run(follow(client, [(channel, keeper)], said, is_enough))
+    log.info("streaming", symbols=len(symbols), timeframe=timeframe, store=str(store.root / store.dataset))
+    try:
+        asyncio.run(follow(client, [(channel, keeper)], said, is_enough))
+    finally:
+        log.info("ended", streamed=keeper.streamed, repaired=keeper.repaired)
     return keeper
 
 # %% ../nbs/95f_cli_stream.ipynb #d35910f5
@@ -101,12 +111,15 @@ def stream(
 ) -> None:  # fmt: skip
     "Keep the store current from the exchange's stream, and fill its holes."
     from xsmom_nb.clock import parse_utc
+    from xsmom_nb.logs import day_log, opened
+    from xsmom_nb.runs.execute import find_project
 
     effective = effective_config(config, settings)
     store, length = import_target(effective, data, dataset), timeframe or effective.exchange.timeframe
     symbols = streamed_symbols(effective, store, length, symbol)
     try:
-        keeper = keep_current(effective, store, symbols, length, parse_utc(start) if start else None, bars, as_json)
+        with opened(day_log(effective.logging, find_project())):
+            keeper = keep_current(effective, store, symbols, length, parse_utc(start) if start else None, bars, as_json)
     except KeyboardInterrupt:
         typer.echo("ended; the store is whole, and the next start asks for what comes meanwhile", err=True)
         return

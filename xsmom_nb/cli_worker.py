@@ -104,16 +104,21 @@ def worker(
     "Help a study until nothing is left to do; refused (exit status 3) with another code, config or market."
     import secrets
 
+    from xsmom_nb.logs import day_log, logger, opened
     from xsmom_nb.optimizer.storage import open_storage, reaching
     from xsmom_nb.optimizer.worker import help_all
+    from xsmom_nb.runs.execute import find_project
 
     effective = runnable_config(config, settings)
     url = storage or (None if journal else effective.optimizer.storage)
     path = journal_path(journal) if url is None else Path()
-    with reaching(url or str(path)), progress("trials") as report:
+    day, log = day_log(effective.logging, find_project()), logger(process="worker")
+    with reaching(url or str(path)), progress("trials") as report, opened(day):
         record = open_storage(url, path)
         desk = desk_of(effective, data, dataset, timeframe, threads)
+        log.info("helping", study=study, threads=threads)
         shares = help_all(record, study, desk, secrets.randbits(31), wait, lambda now: report(now.done, now.total))
+        log.info("helped", studies=[asdict(share) for share in shares])
     if as_json:
         print_json({"studies": [asdict(share) for share in shares]})
     else:

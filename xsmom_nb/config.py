@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from xsmom_nb.credentials import Secrets as Secrets
 
 # %% auto #0
-__all__ = ['OTHER_VARIABLES', 'DEFAULTS', 'NOT_BUILT', 'Assignment', 'assignments', 'build_config', 'read_file',
+__all__ = ['OTHER_VARIABLES', 'DEFAULTS', 'NOT_BUILT', 'Assignment', 'assignments', 'build_config', 'read_yaml', 'read_file',
            'read_environment', 'read_options', 'find_config', 'load_config', 'with_values', 'Difference', 'difference',
            'config_digest', 'to_yaml', 'require_built', 'Config', 'flatten', 'reference_table']
 
@@ -158,19 +158,28 @@ for _yaml_class in (_Loader, _Dumper):
     _yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 # %% ../nbs/03e_config.ipynb #40803ffa
+def read_yaml(
+    path: Path | str,
+    what: str = "config file",  # what is expected there, for messages
+    hint: str = "name one that exists, or `defaults` for the code's own",  # what to do when there is none
+) -> Any:  # what it holds
+    "Read a YAML file, strict about keys; raises `ConfigError` when it is missing, is not YAML, or says something twice."
+    try:
+        return yaml.load(Path(path).read_bytes(), _Loader)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such {what}; {hint}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: the {what} cannot be read ({error.strerror}); name a readable file") from error
+    except (yaml.YAMLError, ValueError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{path}{f', line {mark.line + 1}' if mark else ''}: expected a YAML file, but {problem}") from error
+
+
 def read_file(
     path: Path | str,  # a YAML file
 ) -> list[Assignment]:  # what it assigns
     "Read a config file; raises `ConfigError` when it is missing, is not YAML, or says something twice."
-    try:
-        content = yaml.load(Path(path).read_bytes(), _Loader)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such config file; name one that exists, or `defaults` for the code's own") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: the config file cannot be read ({error.strerror}); name a readable file") from error
-    except (yaml.YAMLError, ValueError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"{path}{f', line {mark.line + 1}' if mark else ''}: expected a YAML file, but {problem}") from error
+    content = read_yaml(path)
     found = list(assignments("", content, str(path)))
     keys = [assignment.key for assignment in found]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):

@@ -5,6 +5,11 @@
 # %% ../nbs/03c_credentials.ipynb #e0f286ef
 from __future__ import annotations
 
+import html
+import json
+import os
+import urllib.parse
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from .errors import ConfigError
 
 # %% auto #0
-__all__ = ['Secrets', 'load_secrets']
+__all__ = ['Secrets', 'load_secrets', 'spellings', 'redacted', 'load_addresses']
 
 # %% ../nbs/03c_credentials.ipynb #f04fe9e9
 class Secrets(BaseSettings):
@@ -49,3 +54,36 @@ def load_secrets(
         names = [str(problem["loc"][0]).upper() for problem in error.errors(include_input=False, include_context=False)]
     place = "the environment" if env_file is None else f"the environment or {env_file}"
     raise ConfigError(f"{', '.join(names)}: expected a secret of at least 8 characters; correct it in {place}")
+
+# %% ../nbs/03c_credentials.ipynb #12c227c5
+def spellings(
+    value: str,  # of a secret
+) -> set[bytes]:
+    "The ways in which text files write a value."
+    quoted = json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]
+    escaped = html.escape(value), html.escape(value, quote=False), urllib.parse.quote(value, safe="")
+    return {spelling.encode() for spelling in (value, *quoted, *escaped)}
+
+
+def redacted(
+    content: bytes,
+    secrets: Mapping[str, str],  # value of each secret by its name
+) -> bytes:
+    "The content with every secret replaced by a mark."
+    for name, value in secrets.items():
+        if len(value) >= 8:
+            for spelling in sorted(spellings(value), key=len, reverse=True):
+                content = content.replace(spelling, f"[secret {name} removed]".encode())
+    return content
+
+# %% ../nbs/03c_credentials.ipynb #b232834a
+def load_addresses(
+    names: Iterable[str],  # of environment variables
+    env_file: Path | str | None = ".env",  # as for `load_secrets`
+) -> dict[str, SecretStr]:  # by variable; one that is not set, or empty, is missing
+    "Read the addresses of routes."
+    from dotenv import dotenv_values
+
+    from_file = dotenv_values(env_file) if env_file is not None else {}
+    found = {name: os.environ.get(name) or from_file.get(name) for name in names}
+    return {name: SecretStr(value.strip()) for name, value in found.items() if value and value.strip()}

@@ -158,7 +158,8 @@ def _apply(connection: Connection, step: Step) -> None:
             _enter(connection, step, "live")
     connection.execute(sql("UPDATE deployment_steps SET status = 'done' WHERE step = :step"), {"step": step.step})
     backward = step.action in ("withdraw", "rollback")
-    emit(connection, step.time_ms, "WARNING" if backward else "INFO", "deployment", told(step),
+    kind = "rollback" if step.action == "rollback" else "deployment"
+    emit(connection, step.time_ms, "WARNING" if backward else "INFO", kind, told(step),
          data={"action": step.action, "version": step.version, "previous": step.previous, "stage": step.stage,
                "share": step.share, "who": step.who, "reason": step.reason, "changed": [each.key for each in step.changes]})
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,8 @@ from typing import Any
 from .errors import XsmomError
 
 # %% auto #0
-__all__ = ['file_error', 'sync_folder', 'make_folder', 'replacing', 'write_atomically', 'append_line', 'locked', 'canonical_json',
-           'sha256_bytes', 'sha256_file']
+__all__ = ['file_error', 'free_bytes', 'sync_folder', 'make_folder', 'replacing', 'write_atomically', 'append_line', 'take_lock',
+           'locked', 'canonical_json', 'sha256_bytes', 'sha256_file']
 
 # %% ../nbs/01_files.ipynb #f164a135
 _FULL = "the disk is full; free some space and repeat (what was there before is unchanged)"
@@ -48,6 +49,13 @@ def file_error(
     "The `XsmomError` for a failed file operation: path, reason and remedy."
     remedy = _REMEDIES.get(error.errno or 0, "see the reason and correct it")
     return XsmomError(f"{path}: {action} ({error.strerror or error}): {remedy}")
+
+# %% ../nbs/01_files.ipynb #bd9fb965
+def free_bytes(
+    path: Path,
+) -> int:  # that this user may still write
+    "What is free on the disk of a path, or of its nearest folder that exists."
+    return shutil.disk_usage(next(each for each in (path, *path.resolve().parents) if each.exists())).free
 
 # %% ../nbs/01_files.ipynb #601d6a1b
 def sync_folder(
@@ -159,31 +167,41 @@ def append_line(
         raise file_error(path, "the line cannot be appended", error) from error
 
 # %% ../nbs/01_files.ipynb #ce6b9599
+def take_lock(
+    path: Path,  # the lock file itself
+    create: bool = False,  # make it where there is none; its folder must exist
+) -> int | None:  # an open descriptor that holds the lock until it is closed, also in a child; None: somebody has it, or no file
+    "Take the lock of a file if nobody holds it; raises `XsmomError` when the file cannot be opened."
+    try:
+        descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not create:
+            return None
+        raise file_error(path, "the lock file cannot be opened", error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+# %% ../nbs/01_files.ipynb #db688f05
 @contextmanager
 def locked(
     path: Path | str,  # what is protected; the lock is the file `<path>.lock` beside it
     wait_seconds: float = 30.0,  # how long to wait for another holder
 ) -> Iterator[None]:  # held inside the block
     "Hold an exclusive lock between processes; raises `XsmomError` when somebody else keeps it longer than `wait_seconds`."
-    lock = Path(f"{path}.lock")
+    lock, deadline = Path(f"{path}.lock"), time.monotonic() + wait_seconds
     make_folder(lock.parent)
-    deadline = time.monotonic() + wait_seconds
+    while (descriptor := take_lock(lock, create=True)) is None:
+        if time.monotonic() >= deadline:
+            holder = lock.read_text(errors="replace").strip() or "unknown"
+            raise XsmomError(
+                f"{path}: locked by process {holder} for more than {wait_seconds:g} s; wait for it, or end it if it hangs"
+            ) from BlockingIOError(errno.EWOULDBLOCK, "the lock is held")
+        time.sleep(0.02)
     try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise file_error(lock, "the lock file cannot be opened", error) from error
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-                    raise XsmomError(
-                        f"{path}: locked by process {holder} for more than {wait_seconds:g} s; wait for it, or end it if it hangs"
-                    ) from error
-                time.sleep(0.02)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield

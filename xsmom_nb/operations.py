@@ -18,7 +18,7 @@ from .sections import Bars, BasisPoints, Contradiction, Fraction, Percent, Secti
 __all__ = ['Policy', 'Multipliers', 'Day', 'Stage', 'DrawdownStepDown', 'RegimeFlip', 'NoProgress', 'CircuitBreaker', 'Risk',
            'Throttle', 'DynamicOffset', 'Imbalance', 'Execution', 'Costs', 'Backtest', 'Quality', 'holds_password',
            'Live', 'Paper', 'Stress', 'Gate', 'Optimizer', 'Rollout', 'Meta', 'Runs', 'Route', 'Notify', 'Paths',
-           'Logging']
+           'Logging', 'Health', 'Report', 'Backup']
 
 # %% ../nbs/03b_operations.ipynb #4952379f
 class DrawdownStepDown(Section):
@@ -351,6 +351,21 @@ class Notify(Section):
     "Who is told what."
 
     routes: tuple[Route, ...] = Field((), description="ways out, each with `url_from`, `level`, `events`")
+    dedupe_minutes: float = Field(10.0, ge=0, le=1440, description="equal events within it are one message, minutes; 0: none are")
+    max_messages_per_minute: int = Field(20, ge=1, le=600, description="messages a minute and route; the rest is one digest")
+    timeout_seconds: float = Field(10.0, ge=0.1, le=300, description="longest wait for a message to be taken, seconds")
+    retry_seconds: float = Field(5.0, ge=0.01, le=3600, description="first pause after a failure, doubled each time, seconds")
+    retry_max_minutes: float = Field(15.0, ge=0.01, le=1440, description="longest of these pauses, minutes")
+    broken_retry_minutes: float = Field(60.0, ge=0.01, le=10_080, description="pause before a broken route is tried, minutes")
+    give_up_after: int = Field(3, ge=2, le=100, description="refusals before a message is given up; the second try is plain")
+    poll_seconds: float = Field(2.0, ge=0.05, le=3600, description="how often `xsmom notify run` looks for events, seconds")
+    keep_days: int = Field(30, ge=1, le=36_500, description="days for which ended deliveries are listed")
+    no_trades_hours: int | None = Field(24, ge=1, le=8760, description="hours of orders without a fill that alarm; null: never")
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        "Pauses grow."
+        if self.retry_seconds > self.retry_max_minutes * 60:
+            yield ("retry_seconds", "retry_max_minutes"), "retry_seconds must not exceed retry_max_minutes"
 
 # %% ../nbs/03b_operations.ipynb #3ee34aa9
 class Paths(Section):
@@ -366,3 +381,33 @@ class Logging(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field("INFO", description="least level that is logged")
     format: Literal["json", "console"] = Field("json", description="JSON lines for machines, or plain lines for a terminal")
     directory: str = Field("logs", min_length=1, description="folder of the log files")
+    keep_days: int = Field(30, ge=1, le=36_500, description="days for which a log file is kept")
+
+# %% ../nbs/03b_operations.ipynb #61a96826
+class Health(Section):
+    "When a monitor should call somebody."
+
+    slack_seconds: float = Field(600.0, ge=0, le=86_400, description="how late a cycle may complete after its bar, seconds")
+    process_seconds: float = Field(300.0, gt=0, le=86_400, description="longest silence of any other process, seconds")
+    undelivered_seconds: float = Field(3600.0, gt=0, le=604_800, description="longest a message may wait to be told, seconds")
+    min_free_gb: float = Field(2.0, ge=0, le=1e6, description="least free space on the disks of state and runs, GB")
+    port: int = Field(9317, ge=1, le=65_535, description="port of `xsmom health --serve` on 127.0.0.1")
+
+# %% ../nbs/03b_operations.ipynb #e6fec5b0
+class Report(Section):
+    "The daily report: its window, and the goals of its scorecard."
+
+    days: int = Field(30, ge=1, le=3650, description="days the scorecard looks back")
+    least_days: float = Field(7.0, ge=0, le=3650, description="days below which a ratio is not judged")
+    min_sharpe: float = Field(1.5, ge=-10, le=10, description="goal: yearly Sharpe ratio above this")
+    max_drawdown_pct: Percent = Field(20.0, description="goal: deepest drawdown below this, %")
+    min_calmar: float = Field(2.0, ge=-10, le=100, description="goal: Calmar ratio above this")
+    min_hit_rate_pct: Percent = Field(50.0, description="goal: share of trades won above this, %")
+    min_uptime_pct: Percent = Field(99.0, description="goal: share of cycles completed above this, %")
+
+
+class Backup(Section):
+    "Copies of the state: where, and how many."
+
+    directory: str = Field("state/backups", min_length=1, description="folder of the copies; another disk is better")
+    keep: int = Field(14, ge=1, le=10_000, description="copies of each file that are kept, the newest")

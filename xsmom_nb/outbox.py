@@ -73,11 +73,14 @@ def mark_delivered(
     time_ms: int,  # when they were delivered, UTC ms
 ) -> None:
     "Note that somebody was told; the first delivery counts. Raises `StateError` for an event that does not exist."
-    for event_id in event_ids:
-        statement = "UPDATE events SET delivered_ms = COALESCE(delivered_ms, :time_ms) WHERE event_id = :event_id"
-        if connection.execute(sql(statement), {"time_ms": time_ms, "event_id": event_id}).rowcount == 0:
-            raise StateError(f"event {event_id} does not exist; expected the id of an event of this store; "
-                             "was its file replaced while messages were being delivered?")
+    rows = [{"time_ms": time_ms, "event_id": event_id} for event_id in event_ids]
+    statement = "UPDATE events SET delivered_ms = COALESCE(delivered_ms, :time_ms) WHERE event_id = :event_id"
+    if not rows or connection.execute(sql(statement), rows).rowcount == len(rows):
+        return
+    look = sql("SELECT 1 FROM events WHERE event_id = :event_id")
+    absent = next(row["event_id"] for row in rows if connection.execute(look, row).scalar() is None)
+    raise StateError(f"event {absent} does not exist; expected the id of an event of this store; "
+                     "was its file replaced while messages were being delivered?")
 
 # %% ../nbs/13_outbox.ipynb #8d057703
 @dataclass(frozen=True)

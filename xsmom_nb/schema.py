@@ -18,8 +18,10 @@ from pydantic.fields import FieldInfo
 from .clock import timeframe_ms
 from xsmom_nb.operations import (
     Backtest,
+    Backup,
     Costs,
     Execution,
+    Health,
     Live,
     Logging,
     Meta,
@@ -28,6 +30,7 @@ from xsmom_nb.operations import (
     Paper,
     Paths,
     Quality,
+    Report,
     Risk,
     Rollout,
     Runs,
@@ -80,6 +83,9 @@ class Config(Section):
     notify: Notify = Field(default_factory=Notify)
     paths: Paths = Field(default_factory=Paths)
     logging: Logging = Field(default_factory=Logging)
+    health: Health = Field(default_factory=Health)
+    report: Report = Field(default_factory=Report)
+    backup: Backup = Field(default_factory=Backup)
 
     def contradictions(self) -> Iterator[Contradiction]:
         "What two sections say against each other."

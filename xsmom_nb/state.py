@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -206,7 +206,43 @@ CREATE TABLE deployment_steps (
 );
 CREATE UNIQUE INDEX deployment_steps_one_pending ON deployment_steps (status) WHERE status = 'pending';
 """)
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_CHAIN, _MEANT + _TOLD + _HELD + _WORKING, _DEPLOYED)  # a version each, from 1
+
+# %% ../nbs/11_state.ipynb #db6b243f
+_DELIVERED = _statements("""
+CREATE TABLE messages (
+    message_id BIGINT NOT NULL PRIMARY KEY,
+    route TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    symbol TEXT NOT NULL,
+    level TEXT NOT NULL CHECK (level IN ('INFO', 'WARNING', 'ERROR', 'CRITICAL')),
+    form TEXT NOT NULL CHECK (form IN ('single', 'fold', 'digest')),
+    status TEXT NOT NULL CHECK (status IN ('waiting', 'sending', 'sent', 'given_up')),
+    in_doubt INTEGER NOT NULL DEFAULT 0 CHECK (in_doubt IN (0, 1)),
+    attempts INTEGER NOT NULL DEFAULT 0 CHECK (attempts >= 0),
+    refusals INTEGER NOT NULL DEFAULT 0 CHECK (refusals >= 0),
+    last_error TEXT NOT NULL DEFAULT '',
+    created_ms BIGINT NOT NULL,
+    updated_ms BIGINT NOT NULL
+);
+CREATE INDEX messages_by_route ON messages (route, status, updated_ms);
+CREATE TABLE deliveries (
+    event_id BIGINT NOT NULL,
+    route TEXT NOT NULL,
+    message_id BIGINT,
+    PRIMARY KEY (event_id, route)
+);
+CREATE INDEX deliveries_by_message ON deliveries (message_id);
+CREATE INDEX deliveries_waiting ON deliveries (route, event_id) WHERE message_id IS NULL;
+CREATE TABLE routes (
+    route TEXT NOT NULL PRIMARY KEY,
+    next_ms BIGINT NOT NULL DEFAULT 0,
+    failures INTEGER NOT NULL DEFAULT 0 CHECK (failures >= 0),
+    broken_ms BIGINT,
+    last_error TEXT NOT NULL DEFAULT ''
+);
+""")
+MIGRATIONS: tuple[tuple[str, ...], ...] = (  # a version each, from 1
+    _CHAIN, _MEANT + _TOLD + _HELD + _WORKING, _DEPLOYED, _DELIVERED)
 
 # %% ../nbs/11_state.ipynb #3eaa10c1
 @dataclass(frozen=True)
@@ -245,12 +281,14 @@ class State(Database):
         self,
         root: Path,  # folder of the runs
         head: ChainHead,
+        also: Callable[[Connection], None] = lambda connection: None,  # what else belongs into the same transaction
     ) -> None:
         "Remember where the chain of runs kept in `root` ends."
         row = {"root": root_key(self.folder, root), **asdict(head)}
         with self.write() as connection:
             connection.execute(sql("DELETE FROM chain WHERE root = :root"), row)
             connection.execute(sql("INSERT INTO chain VALUES (:root, :run_id, :digest, :entry, :length)"), row)
+            also(connection)
 
 # %% ../nbs/11_state.ipynb #0e266fe2
 def open_state(

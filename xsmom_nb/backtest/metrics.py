@@ -7,6 +7,7 @@ __all__ = ['GOALS', 'defined', 'ratio', 'drawdowns', 'longest_fall', 'bar_return
            'return_metrics', 'trade_metrics', 'compute_metrics', 'scorecard']
 
 # %% ../../nbs/backtest/01_metrics.ipynb #68a2f8e3
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -139,11 +140,12 @@ def compute_metrics(
 GOALS = {"sharpe": (1.5, "above"), "max_drawdown": (0.20, "below"), "calmar": (2.0, "above"), "hit_rate": (0.5, "above")}
 
 def scorecard(
-    metrics: dict[str, Any],  # as `compute_metrics` gives them
+    metrics: Mapping[str, Any],  # as `compute_metrics` gives them
+    goals: Mapping[str, tuple[float, str]] = GOALS,  # by metric: a figure, and `above` or `below`
 ) -> pd.DataFrame:  # a row a goal: value, goal, met
     "Each goal with its value and whether it is met; an undefined value meets nothing."
     rows = []
-    for name, (goal, direction) in GOALS.items():
+    for name, (goal, direction) in goals.items():
         value = metrics[name]
         met = value is not None and (value > goal if direction == "above" else value < goal)
         rows.append({"metric": name, "value": value, "goal": f"{direction} {goal:g}", "met": "yes" if met else "no"})

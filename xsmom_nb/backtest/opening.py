@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .books import BOUGHT, ENTRY_ROW, FEES, PAID_IN, SIDE, SYMBOL, TRADE_FIELDS, Book, empty_book
-from .flows import Flows
+from .flows import Flows, read_only
 from .kernel import empty_series, walk
 from .prepared import plan_run, prepare_run
 from .watch import Watch, WatchRules, fresh_watch
@@ -132,7 +132,7 @@ def still_row(
     funding[row], settles[row] = 0.0, False
     if len(low):
         low[row], high[row] = np.inf, -np.inf
-    return flows._replace(funding=funding, settles=settles, low=low, high=high)
+    return read_only(flows._replace(funding=funding, settles=settles, low=low, high=high))
 
 
 def begin_book(

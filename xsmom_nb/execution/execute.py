@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -163,13 +163,14 @@ def send_intents(
     frozen: frozenset[str],  # symbols in which nothing may be ordered
     clock: Clock,
     config: Config,
+    forbids: Callable[[Intent], str | None] = lambda intent: None,  # why one must not be sent now; None: it may
 ) -> tuple[Sent, ...]:  # one for each intent
     "Send the orders of a decision."
     done: list[Sent] = []
     closed_to = set(frozen)
     for intent in intents:
         symbol = intent.request.symbol
-        if reason := reason_to_hold(port, intent, closed_to):
+        if reason := forbids(intent) or reason_to_hold(port, intent, closed_to):
             with state.write() as connection:
                 is_new = drop_intent(connection, intent, row_ms, run_id, reason, clock.now_ms())
             done.append(Sent(intent, "dropped", reason) if is_new else Sent(intent, "exists", "written before"))

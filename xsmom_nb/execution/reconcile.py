@@ -77,6 +77,8 @@ def settle_intent(
     with state.write() as connection:
         if order is not None:
             upsert_orders(connection, [order], now_ms)
+            text = f"{request.link_id}: nobody knew what became of it; the exchange has it, {order.status}"
+            emit(connection, now_ms, "WARNING", "order_found", text, request.symbol, {"order_id": order.order_id})
             return "adopted"
         if now_ms <= last_chance_ms:
             set_status(connection, request.link_id, "unknown", now_ms)

@@ -14,24 +14,26 @@ from pathlib import Path
 from ..clock import Clock, format_utc, last_closed_open_ms
 from ..config import Config
 from ..decide import decide
-from ..decision import Decided, Decision, Memory, Snapshot
+from ..decision import Decided, Memory, Snapshot
 from ..deployments import require_deployed
 from ..errors import RefusedError
 from ..database import sql
 from ..execution.execute import Sent, send_intents
-from ..execution.journal import drop_intent
+from ..execution.intents import Intent
 from ..execution.reconcile import Recovery, ask, book_news, recover
+from .breaker import Breaker
 from .guard import GuardReport, guard_once
 from .history import History
-from .memory import follow, recall_in, remember
+from .memory import follow, keep_memory, recall_in
+from .news import decision_news, recovery_news, tell, tell_standing
 from ..market.panel import Panel
 from ..outbox import beat, emit
 from ..ports import Account, ExchangePort, Instrument, Position, Recorder, TransientError
 from ..state import State, save_equity
 
 # %% auto #0
-__all__ = ['WAIT_SECONDS', 'late_symbols', 'gather', 'require_right_time', 'stop_file', 'persist', 'CycleReport', 'carry_out',
-           'run_cycle']
+__all__ = ['WAIT_SECONDS', 'late_symbols', 'gather', 'require_right_time', 'stop_file', 'entry_ban', 'keep_decided', 'persist',
+           'CycleReport', 'run_cycle']
 
 # %% ../../nbs/live/01_cycle.ipynb #1aba2d68
 def late_symbols(
@@ -92,13 +94,44 @@ def stop_file(
     path = (base or Path.cwd()) / config.live.emergency_stop_file
     return path if path.exists() else None
 
+
+def entry_ban(
+    config: Config,
+    base: Path | None,  # folder that relative paths start from; None: the working folder
+    breaker: Breaker | None,  # None: nobody counts requests
+) -> Callable[[Intent], str | None]:  # why an intent must not be sent now; None: it may
+    "What forbids an order at the moment at which it is asked."
+
+    def forbids(intent: Intent) -> str | None:
+        if intent.request.reduce_only:
+            return None
+        if path := stop_file(config, base):
+            return f"{path} exists: nothing that takes on risk"
+        return breaker.why() if breaker else None
+
+    return forbids
+
 # %% ../../nbs/live/01_cycle.ipynb #24b52fb9
+def keep_decided(
+    state: State,
+    decided: Decided,
+    now_ms: int,  # UTC ms
+) -> None:
+    "Keep what a decision leaves, and tell what has begun or ended with it."
+    with state.write() as connection:
+        keep_memory(connection, decided.decision.memory, now_ms)
+        tell(connection, decision_news(decided.memory, decided.decision), now_ms)
+
+
 def persist(
     state: State,
     decided: Decided,
     late: tuple[str, ...],
     refused: Sequence[str],  # bars that cannot be, a sentence each
     detail: str,  # what was done, for people
+    stopped_by: Path | None,  # the emergency stop file, if it exists
+    broken: str | None,  # why the circuit breaker is open; None: it is closed
+    config: Config,
     now_ms: int,  # UTC ms
 ) -> None:
     "Keep what the next cycle needs, tell what somebody should know, and note that this one is complete."
@@ -112,6 +145,7 @@ def persist(
         if late:
             text = f"not waited for any longer: the bars of {format_utc(decision.row_ms)} of {', '.join(late)}"
             emit(connection, now_ms, "WARNING", "stale_data", text, data={"symbols": list(late)})
+        tell_standing(connection, bool(decision.intents), stopped_by, broken, config, now_ms)
         beat(connection, "cycle", now_ms, f"decided {format_utc(decision.row_ms)}", detail)
 
 # %% ../../nbs/live/01_cycle.ipynb #5464c074
@@ -141,28 +175,6 @@ def _versions(state: State) -> dict[str, int]:
     "How often each position that we ever held has changed."
     with state.read() as connection:
         return {symbol: int(version) for symbol, version in connection.execute(sql("SELECT symbol, version FROM positions"))}
-
-
-def carry_out(
-    port: ExchangePort,
-    state: State,
-    decision: Decision,
-    versions: Mapping[str, int],  # of the positions, from before the snapshot
-    frozen: frozenset[str],  # symbols in which nothing may be ordered
-    clock: Clock,
-    config: Config,
-    stopped_by: Path | None,  # the emergency stop file, if it exists
-    run_id: str,
-) -> tuple[Sent, ...]:  # one for each intent
-    "Send what a decision wants, as far as the emergency stop allows."
-    allowed = [intent for intent in decision.intents if stopped_by is None or intent.request.reduce_only]
-    note = f"{stopped_by} exists: nothing that takes on risk"
-    held_back = [Sent(intent, "dropped", note) for intent in decision.intents if intent not in allowed]
-    if held_back:
-        with state.write() as connection:
-            for each in held_back:
-                drop_intent(connection, each.intent, decision.row_ms, run_id, each.note, clock.now_ms())
-    return (*send_intents(port, state, allowed, decision.row_ms, run_id, versions, frozen, clock, config), *held_back)
 
 # %% ../../nbs/live/01_cycle.ipynb #374e8e5d
 def _afterwards(port: ExchangePort, snapshot: Snapshot) -> tuple[Account, tuple[Position, ...]]:
@@ -197,6 +209,7 @@ def run_cycle(
     wait: Callable[[float], None] = time.sleep,  # takes seconds; on a simulated clock it moves the clock
     base: Path | None = None,  # folder that relative paths start from; None: the working folder
     guards: bool = True,  # whether the guard looks before and after; only who measures what it costs leaves it out
+    breaker: Breaker | None = None,  # that counts the requests of the port; None: nobody does
 ) -> CycleReport:
     "One hour; raises `RefusedError`, `DataError`, `TransientError`, `StateError`, and whatever the recorder raises."
     seconds: dict[str, float] = {}
@@ -204,6 +217,9 @@ def run_cycle(
     with _timed(seconds, "recover"):
         row_ms = last_closed_open_ms(clock.now_ms(), config.exchange.timeframe)
         recovery = recover(port, state, row_ms, clock.now_ms(), config)
+        if settled := list(recovery_news(recovery)):
+            with state.write() as connection:
+                tell(connection, settled, clock.now_ms())
     with _timed(seconds, "guard"):
         guarded = _guarded(port, state, clock, config, run_id, guards)
     with _timed(seconds, "gather"):
@@ -213,14 +229,15 @@ def run_cycle(
         decided = Decided(snapshot, memory, decide(snapshot, memory, config))
     with _timed(seconds, "record"):
         recorder.record(decided)
-        remember(state, decided.decision.memory, clock.now_ms())
+        keep_decided(state, decided, clock.now_ms())
     with _timed(seconds, "execute"):
-        sent = carry_out(
-            port, state, decided.decision, versions, recovery.frozen, clock, config, stop_file(config, base), run_id)
+        wanted, forbids = decided.decision.intents, entry_ban(config, base, breaker)
+        sent = send_intents(port, state, wanted, row_ms, run_id, versions, recovery.frozen, clock, config, forbids)
         book_news(port, state, clock.now_ms())
     with _timed(seconds, "protect"):
         protected = _guarded(port, state, clock, config, run_id, guards)
     with _timed(seconds, "persist"):
-        detail = f"{sum(each.outcome == 'accepted' for each in sent)} orders of {len(decided.decision.intents)}"
-        persist(state, decided, late, history.refused, detail, clock.now_ms())
+        detail = f"{sum(each.outcome == 'accepted' for each in sent)} orders of {len(wanted)}"
+        broken = breaker.why() if breaker else None
+        persist(state, decided, late, history.refused, detail, stop_file(config, base), broken, config, clock.now_ms())
     return CycleReport(decided, recovery, late, sent, (guarded, protected), *_afterwards(port, snapshot), seconds)

@@ -5,7 +5,6 @@
 # %% ../../nbs/live/02_desk.ipynb #962b1e73
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from ..clock import Clock, SimulatedClock, SystemClock
-from ..compiled import source_digest
+from ..compiled import notebooks_digest, source_digest
 from ..config import Config, require_built
 from ..decision import Decided
 from ..deployments import settle
@@ -24,27 +23,18 @@ from ..exchange.paper import PaperExchange
 from ..exchange.pieces import open_inner
 from ..exchange.recorded import RecordedMarket
 from ..lease import hold_lease
+from .breaker import Breaker, counted
 from .cycle import CycleReport, run_cycle
 from .history import History
 from ..market.panel import Panel
 from ..market.synthetic import open_panel
 from ..ports import ExchangePort, Recorder
+from ..risk.limits import breaker_rules
 from ..state import State, open_state
 from ..strategy.core import history_bars
 
 # %% auto #0
-__all__ = ['notebooks_digest', 'wait_by', 'Desk', 'open_venue', 'open_desk']
-
-# %% ../../nbs/live/02_desk.ipynb #5f7067c3
-def notebooks_digest(
-    project: Path,  # folder of the working tree
-) -> str:  # 64 hexadecimal digits
-    "SHA-256 over the relative names and contents of all notebooks of a working tree; that of nothing where there are none."
-    digest = hashlib.sha256()
-    for path in sorted(path for folder in ("nbs", "scheduled") for path in (project / folder).rglob("*.ipynb")):
-        if not any(part.startswith(".") for part in path.relative_to(project).parts):
-            digest.update(path.relative_to(project).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+__all__ = ['wait_by', 'Desk', 'open_venue', 'open_desk']
 
 # %% ../../nbs/live/02_desk.ipynb #5dedf6ad
 def wait_by(
@@ -67,6 +57,7 @@ class Desk:
     config: Config
     origin: str  # where the market data comes from
     base: Path | None = None  # folder that relative paths start from; None: the working folder
+    breaker: Breaker | None = None  # that counts the requests of the port
 
     def cycle(
         self,
@@ -75,7 +66,8 @@ class Desk:
     ) -> CycleReport:
         "Take one decision and carry it out, at the clock's time; raises as `run_cycle` does."
         return run_cycle(
-            self.port, self.history, self.state, self.clock, self.config, recorder, run_id, wait_by(self.clock), self.base)
+            self.port, self.history, self.state, self.clock, self.config, recorder, run_id, wait_by(self.clock), self.base,
+            breaker=self.breaker)
 
 # %% ../../nbs/live/02_desk.ipynb #91b88e17
 @contextmanager
@@ -119,6 +111,8 @@ def open_desk(
         stack.enter_context(hold_lease(state, "trader", source_digest(), notebooks_digest(base or Path.cwd())))
         settle(state, (base or Path.cwd()) / "configs", SystemClock().now_ms())
         venue = open_venue(config, recording, data, dataset, now_ms, base, inner)
-        port, clock, origin = stack.enter_context(venue)
+        venue_port, clock, origin = stack.enter_context(venue)
+        breaker = Breaker(breaker_rules(config))
+        port = counted(venue_port, breaker)
         history = History(port, config.exchange.timeframe, history_bars(config), origin=origin)
-        yield Desk(port, history, state, clock, config, origin, base)
+        yield Desk(port, history, state, clock, config, origin, base, breaker)

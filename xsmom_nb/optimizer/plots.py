@@ -91,4 +91,5 @@ def plot_slices(
             axes.set_xticks(range(len(choices)), [str(choice).replace("_", "\n") for choice in choices], fontsize="x-small")
     for axes in list(grid.flat)[len(names):]:
         axes.set_axis_off()
+    fig.supylabel("value of the trial", fontsize="small")
     return fig

@@ -182,7 +182,8 @@ def plot_power(
     axes.plot(part.index, part["naive"], color="tab:red", linestyle=":", marker=".", label="in sample above 1")
     axes.plot(part.index, part["walk_forward"], color="tab:orange", linestyle="--", marker=".", label="better out of sample")
     axes.axhline(LIMIT, color="grey", linewidth=0.6)
-    axes.set(xlabel="planted Sharpe ratio of the reference, a year, after costs", ylabel="share deployed", ylim=(-0.03, 1.03))
+    axes.set(xlabel="planted Sharpe ratio of the reference, a year, after costs", ylabel="share of the markets")
+    axes.set_ylim(-0.03, 1.03)
     axes.legend()
 
 

@@ -23,7 +23,7 @@ from ..outbox import emit
 from ..state import State
 
 # %% auto #0
-__all__ = ['MOST_DRIFT', 'BINS', 'FALSE_ALARM', 'WIDTH', 'Action', 'WAITING', 'FEWEST_FILLS', 'WATCHED_HOURS', 'Facts',
+__all__ = ['MOST_DRIFT', 'BINS', 'FALSE_ALARM', 'WIDTH', 'Action', 'WAITING', 'FEWEST_FILLS', 'WATCHED_HOURS', 'DRIFT', 'Facts',
            'stability_index', 'surprises_of', 'evidence_against', 'Ruling', 'fill_error', 'risk_criteria',
            'expected_returns', 'judge', 'watched', 'rule_on', 'step_rollout']
 
@@ -241,16 +241,25 @@ def rule_on(
     action: Action = "roll_back" if ruling.action == "roll_back" else "stay"
     return Ruling(ruling.version, ruling.stage, action, "" if action == "roll_back" else ruling.stage, (*ruling.criteria, edited))
 
-
-def _tell_once(state: State, ruling: Ruling, now_ms: int) -> None:
-    "Tell that a version has to wait although its hours are over, unless that was the last thing told."
-    text = f"config {ruling.version} stays in stage {ruling.stage}: {ruling.why}"
+# %% ../../nbs/optimizer/09_rollout.ipynb #c9cd38f3
+def _tell_once(state: State, ruling: Ruling, kind: str, text: str, now_ms: int) -> None:
+    "Tell something of a version, unless that was the last thing told of this kind."
     with state.write() as connection:
-        query = "SELECT text FROM events WHERE kind = 'rollout_held' ORDER BY event_id DESC LIMIT 1"
-        if connection.execute(sql(query)).scalar() != text:
-            emit(connection, now_ms, "WARNING", "rollout_held", text, data={"version": ruling.version, "stage": ruling.stage})
+        query = "SELECT text FROM events WHERE kind = :kind ORDER BY event_id DESC LIMIT 1"
+        if connection.execute(sql(query), {"kind": kind}).scalar() != text:
+            emit(connection, now_ms, "WARNING", kind, text, data={"version": ruling.version, "stage": ruling.stage})
 
 
+DRIFT = ("input_drift", "expected_returns")  # criteria by which the market is not the one of the study any more
+
+
+def _tell_drift(state: State, ruling: Ruling, now_ms: int) -> None:
+    "Tell that inputs or returns have left what the study knew."
+    if drifted := [each for each in ruling.criteria if each.criterion in DRIFT and each.ok is False]:
+        text = f"config {ruling.version} in stage {ruling.stage}: {'; '.join(map(str, drifted))}"
+        _tell_once(state, ruling, "drift", text, now_ms)
+
+# %% ../../nbs/optimizer/09_rollout.ipynb #25c9f4da
 def step_rollout(
     state: State,
     folder: Path,  # `configs`
@@ -265,11 +274,13 @@ def step_rollout(
     if (version := watched(state, current)) is None:
         return None
     ruling = rule_on(current, version, facts, now_ms)
+    _tell_drift(state, ruling, now_ms)
     if ruling.action == "roll_back":
         rollback(state, folder, who=who, reason=ruling.why, now_ms=now_ms, judged=ruling.version)
     elif ruling.action == "advance":
         enter_stage(state, folder, ruling.next_stage, who=who, reason="all gates hold", now_ms=now_ms, judged=ruling.version,
                     environ=environ)
     elif ruling.criteria[0].ok and any(each.ok is not True for each in ruling.criteria):
-        _tell_once(state, ruling, now_ms)
+        text = f"config {ruling.version} stays in stage {ruling.stage}: {ruling.why}"
+        _tell_once(state, ruling, "rollout_held", text, now_ms)
     return ruling

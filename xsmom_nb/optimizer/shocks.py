@@ -16,6 +16,7 @@ import numpy as np
 from ..backtest.batch import run_batch
 from ..backtest.books import TRADE_FIELDS, empty_book
 from ..backtest.kernel import Plan, Series, bar_row, close_row, empty_series
+from ..backtest.flows import read_only
 from ..backtest.metrics import bar_returns, curve_metrics, defined
 from ..backtest.prepared import Prepared, plan_run
 from ..backtest.watch import fresh_watch
@@ -92,8 +93,7 @@ def dearer(
         "costs.maker_bps": maker, "costs.taker_bps": costs.taker_bps * times.fees,
         "costs.slippage_bps": costs.slippage_bps * times.slippage, "costs.impact_coef": costs.impact_coef * times.impact})
     funding = prepared.flows.funding * times.funding
-    funding.setflags(write=prepared.flows.funding.flags.writeable)  # another kind of array would be compiled for once more
-    return replace(prepared, flows=prepared.flows._replace(funding=funding)), paid
+    return replace(prepared, flows=read_only(prepared.flows._replace(funding=funding))), paid
 
 # %% ../../nbs/optimizer/05b_shocks.ipynb #f5be7b20
 def cost_multipliers(

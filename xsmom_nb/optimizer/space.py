@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['OFF_SHARE', 'Value', 'LOOKBACK_FACTORS', 'LADDER_SHARE', 'WEIGHTINGS', 'INTERVALS', 'SPACE', 'Parameter', 'accepts',
-           'is_within', 'value_at_unit', 'chosen', 'idle_parameters', 'lookback_family', 'decaying_weights',
-           'settings_at', 'config_at', 'at_unit', 'draw', 'longest_warmup_bars', 'readings', 'outside', 'point_of',
-           'nearest_value', 'nearest_point', 'distributions', 'trial_parameters', 'point_of_trial',
-           'changed_parameters']
+           'is_within', 'value_at_unit', 'chosen', 'lookback_family', 'decaying_weights', 'settings_at', 'config_at',
+           'at_unit', 'draw', 'longest_warmup_bars', 'readings', 'outside', 'point_of', 'nearest_value',
+           'nearest_point', 'distributions', 'trial_parameters', 'point_of_trial', 'changed_parameters']
 
 # %% ../../nbs/optimizer/01_space.ipynb #77e346fc
 OFF_SHARE = 0.25  # of the unit interval, where a parameter may be 0
@@ -128,21 +127,6 @@ def chosen(
         if name not in known:
             raise UsageError(f"parameter {name!r}: not in the space{nearest_name(name, known)}; expected {', '.join(known)}")
     return tuple(parameter for parameter in SPACE if parameter.name in names)
-
-# %% ../../nbs/optimizer/01_space.ipynb #43b76e8c
-def idle_parameters(
-    base: Config,
-) -> dict[str, str]:  # name: the setting that idles it
-    "The parameters that change nothing under a base."
-    idle: dict[str, str] = {}
-    if base.backtest.risk == "core":
-        exits = ("atr_mult_sl", "trail_atr_mult", "breakeven_after_r", "partial_tp_r")
-        idle |= dict.fromkeys(exits, "backtest.risk = core")
-    if not base.strategy.dynamic_k:
-        idle |= dict.fromkeys(("k_extra", "kappa"), "strategy.dynamic_k = false")
-    if not base.filters.regime.enabled:
-        idle["slope_min_bps_per_day"] = "filters.regime.enabled = false"
-    return idle
 
 # %% ../../nbs/optimizer/01_space.ipynb #0e3c6dc8
 def lookback_family(

@@ -187,7 +187,7 @@ class Pruned:
 
     run_id: str
     kind: str
-    bytes: int  # freed
+    freed_bytes: int
 
 # %% ../../nbs/runs/02_browse.ipynb #76128680
 def prunable(

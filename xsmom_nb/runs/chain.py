@@ -11,11 +11,11 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from ..clock import Clock, SimulatedClock, SystemClock, format_utc, parse_utc
+from ..clock import Clock, SystemClock, format_utc, parse_utc
 from ..errors import ConfigError, IntegrityError
 from ..files import append_line, canonical_json, file_error, locked, sha256_bytes, sha256_file, write_atomically
 from xsmom_nb.runs.record import (
@@ -38,7 +38,11 @@ from xsmom_nb.runs.record import (
     scrub,
     try_lock,
 )
+from .told import KILLED, tell_ended
 from ..state import ChainHead, State
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
 
 # %% auto #0
 __all__ = ['KEPT_WHEN_PRUNED', 'Entry', 'entry_digest', 'entry_line', 'parse_entry', 'read_chain', 'run_folders',
@@ -129,8 +133,9 @@ class Chain:
         self,
         root: Path,  # folder of all runs
         state: State,
+        clock: Clock | None = None,  # None: the system's
     ) -> None:
-        self.root, self.state = root, state
+        self.root, self.state, self.clock = root, state, clock or SystemClock()
         parsed = (parse_entry(line) for line in read_chain(root)[0])
         self.entries = [entry for entry in parsed if entry is not None]
         self.remembered = state.chain_head(root)
@@ -166,10 +171,19 @@ class Chain:
         self.entries.append(made)
 
     def remember(self) -> None:
-        "Tell the state where the file ends."
-        if (end := self.end) is not None and end != self.remembered:
-            self.state.set_chain_head(self.root, end)
-            self.remembered = end
+        "Tell the state where the file ends, and people of the runs that it hears of and that did not succeed."
+        if (end := self.end) is None or end == self.remembered:
+            return
+        known = self.remembered.length if self.remembered else end.length - 1
+        folders = [self.root / new.kind / new.run_id for new in self.entries if new.entry == "run" and new.length > known]
+        heard = [content for content in map(sealed_content, folders) if content is not None]
+
+        def tell(connection: Connection) -> None:
+            for content in heard:
+                tell_ended(connection, content, self.clock.now_ms())
+
+        self.state.set_chain_head(self.root, end, tell)
+        self.remembered = end
 
 # %% ../../nbs/runs/00b_chain.ipynb #7e9402e7
 def _complete(
@@ -192,10 +206,11 @@ def _complete(
 def hold_chain(
     root: Path,  # folder of all runs
     state: State,
+    clock: Clock | None = None,  # None: the system's
 ) -> Iterator[Chain]:
     "The chain, locked against other processes and complete."
     with locked(root / "chain.jsonl"):
-        chain = Chain(root, state)
+        chain = Chain(root, state, clock)
         _complete(chain)
         yield chain
 
@@ -283,6 +298,7 @@ def seal(
     secrets: Mapping[str, str] | None = None,  # value of each secret by its name
     sign_key: Any = None,  # an Ed25519 private key, if manifests are signed
     clock: Clock | None = None,  # None: the system's
+    ended_ms: int | None = None,  # when it ended, UTC ms; None: now
 ) -> Manifest:  # its status is "failed" when a secret was found, whatever was asked
     "Close a run: write its manifest, append it to the chain, tell the state."
     folder = run.folder.path
@@ -291,11 +307,11 @@ def seal(
         if leaks := scrub(folder, secrets or {}):
             status = "failed" if status == "done" else status
         error = "; ".join([*leaks, *([redacted(error.encode(), secrets or {}).decode()] if error else [])]) or None
-        ended_at = format_utc((clock or SystemClock()).now_ms())
+        ended_at = format_utc((clock or SystemClock()).now_ms() if ended_ms is None else ended_ms)
         event_logger(folder).info("run ended", status=status, error=error)
         content = _describe(run, status, error, ended_at)
         content["signed_by"] = public_key(sign_key) if sign_key else None
-        with hold_chain(root, state) as chain:
+        with hold_chain(root, state, clock) as chain:
             head = chain.head
             content["previous"] = RunLink(run_id=head.run_id, digest=head.digest).model_dump() if head else None
             content["digest"] = manifest_digest(content)
@@ -345,9 +361,9 @@ def killed_runs(
     return taken
 
 # %% ../../nbs/runs/00b_chain.ipynb #78dc369c
-def _last_sign_of_life(folder: Path) -> Clock:
-    "A clock that stands at the last time anything was written in a folder."
-    return SimulatedClock(int(max(path.stat().st_mtime for path in [folder, *run_files(folder)]) * 1000))
+def _last_sign_of_life(folder: Path) -> int:
+    "The last time anything was written in a folder, UTC ms."
+    return int(max(path.stat().st_mtime for path in [folder, *run_files(folder)]) * 1000)
 
 # %% ../../nbs/runs/00b_chain.ipynb #ebf9b0e7
 def settle(
@@ -357,21 +373,23 @@ def settle(
     secrets: Mapping[str, str] | None = None,  # value of each secret by its name
     sign_key: Any = None,  # an Ed25519 private key, if manifests are signed
     before_seal: Callable[[Path], str | None] | None = None,  # completes a folder; returns what went wrong with it
+    clock: Clock | None = None,  # None: the system's
 ) -> list[Manifest]:  # of the runs that were sealed here
     "Seal every run whose process is gone as aborted; what each start does first."
     if not root.is_dir():
         return []
-    with locked(root / "chain.jsonl"):
+    with hold_chain(root, state, clock):
         taken = killed_runs(root)
     sealed = []
     for run in taken:
         mark = _mark_of(run.folder.path)
         who = f"process {mark.process.pid} on {mark.process.host}" if mark else "its process"
-        error = f"{who} ended without sealing the run: it was killed, or the machine went down"
-        clock = _last_sign_of_life(run.folder.path)
+        error = f"{who} {KILLED}: it was killed, or the machine went down"
+        ended_ms = _last_sign_of_life(run.folder.path)
         if before_seal and (trouble := before_seal(run.folder.path)):
             error = f"{error}; {trouble}"
-        sealed.append(seal(run, "aborted", error, state=state, secrets=secrets, sign_key=sign_key, clock=clock))
+        sealed.append(seal(run, "aborted", error, state=state, secrets=secrets, sign_key=sign_key, clock=clock,
+                           ended_ms=ended_ms))
     return sealed
 
 # %% ../../nbs/runs/00b_chain.ipynb #2ef238a4
@@ -396,7 +414,7 @@ def prune_run(
         )
     if goes:
         now = format_utc((clock or SystemClock()).now_ms())
-        with hold_chain(folder.parents[1], state) as chain:
+        with hold_chain(folder.parents[1], state, clock) as chain:
             chain.write("prune", content, now, chain.head, {name: kept.sha256 for name, kept in goes.items()})
             chain.remember()
         for name in goes:

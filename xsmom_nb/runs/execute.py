@@ -19,9 +19,10 @@ from typing import Any
 import xsmom_nb.errors
 from ..clock import Clock
 from ..config import Config
-from ..credentials import Secrets, load_secrets
+from ..credentials import Secrets, load_addresses, load_secrets
 from ..errors import RunError, XsmomError
 from ..files import write_atomically
+from ..logs import day_log, opened
 from .chain import load_sign_key, seal, settle
 from .kernel import Kernel, started_kernel
 from .page import notebook_library, warm_up, write_page
@@ -346,6 +347,13 @@ def _conclude(
     return ended
 
 # %% ../../nbs/runs/01_execute.ipynb #1847414b
+def _known_secrets(config: Config, project: Path) -> dict[str, str]:
+    "All that must not be found in a run: keys, and the addresses of routes."
+    addresses = load_addresses([route.url_from for route in config.notify.routes], project / ".env")
+    return {**{name: secret.get_secret_value() for name, secret in addresses.items()},
+            **secret_values(load_secrets(project / ".env"))}
+
+
 def keep_run(
     kind: str,  # under which it is filed, as in "backtest"
     parameters: Mapping[str, Any],  # validated
@@ -361,13 +369,15 @@ def keep_run(
 ) -> Run:
     "Do something as an audited run; raises `RunFailed` when it fails."
     root = project / (root or config.runs.root)
-    known = secret_values(load_secrets(project / ".env")) if secrets is None else dict(secrets)
+    known = _known_secrets(config, project) if secrets is None else dict(secrets)
     sign_key = load_sign_key(project / config.runs.sign_key) if config.runs.sign_key else None
     with ExitStack() as stack:
         store = state or stack.enter_context(open_state(config.live.state_url, base=project))
-        settle(root, state=store, secrets=known, sign_key=sign_key, before_seal=_keep_page)
+        settle(root, state=store, secrets=known, sign_key=sign_key, before_seal=_keep_page, clock=clock)
+        log = stack.enter_context(opened(day_log(config.logging, project, known)))
         run = begin_run(root, kind, parameters, config, collect_provenance(project, notebook, config), known, clock)
         stack.callback(run.release)
+        stack.enter_context(opened(log, run_id=run.start.run_id))
         close = stack.enter_context(_interruptible())
         try:
             ending = work(run.folder)

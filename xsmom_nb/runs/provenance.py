@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -21,7 +22,8 @@ from ..files import sha256_file
 from .record import Git, Provenance
 
 # %% auto #0
-__all__ = ['CODE_FOLDERS', 'PATCH_LIMIT_BYTES', 'git_state', 'library_versions', 'platform_name', 'collect_provenance']
+__all__ = ['CODE_FOLDERS', 'RELEASE_FILE', 'PATCH_LIMIT_BYTES', 'git_state', 'library_versions', 'platform_name',
+           'collect_provenance']
 
 # %% ../../nbs/runs/00a_provenance.ipynb #b1300760
 def _git(
@@ -60,6 +62,23 @@ def _working_patch(
                 return None
         return _git(project, "diff", "--cached", "--binary", "--no-ext-diff", "--no-color", "HEAD", variables=copy)
 
+# %% ../../nbs/runs/00a_provenance.ipynb #5fad0f1d
+RELEASE_FILE = "release.json"  # beside configs, state and runs of an installation
+
+
+def _released(
+    path: Path,  # of the description
+) -> Git:
+    "The commit of an installed release."
+    try:
+        described = json.loads(path.read_bytes())
+        commit, code = described["commit"], described["code_digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Git(dirty=True, patch_note=f"the description of the release cannot be read ({type(error).__name__})")
+    if code != source_digest():
+        return Git(commit=commit, dirty=True, patch_note="the running code is not that of the installed release")
+    return Git(commit=commit)
+
 # %% ../../nbs/runs/00a_provenance.ipynb #d6bf3945
 PATCH_LIMIT_BYTES = 1_000_000
 
@@ -68,7 +87,9 @@ def git_state(
     project: Path,  # folder of the working tree
     limit_bytes: int = PATCH_LIMIT_BYTES,  # the longest patch that is kept
 ) -> Git:
-    "Commit and uncommitted changes of a working tree."
+    "Commit and uncommitted changes of a working tree, or the commit of the release that works there."
+    if (project / RELEASE_FILE).is_file():
+        return _released(project / RELEASE_FILE)
     commit = _git(project, "rev-parse", "--verify", "HEAD")
     if commit is None:
         inside = _git(project, "rev-parse", "--is-inside-work-tree") is not None

@@ -5,16 +5,12 @@
 # %% ../../nbs/runs/00_record.ipynb #43bdfca6
 from __future__ import annotations
 
-import fcntl
-import html
-import json
 import os
 import platform
 import re
 import secrets as randomness
 import shutil
 import tempfile
-import urllib.parse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..clock import Clock, SystemClock, format_stamp, format_utc
 from ..config import Config, load_config, to_yaml
+from ..credentials import redacted, spellings
 from ..errors import RunError
 from xsmom_nb.files import (
     append_line,
@@ -35,16 +32,18 @@ from xsmom_nb.files import (
     replacing,
     sha256_bytes,
     sha256_file,
+    take_lock,
     write_atomically,
 )
+from ..logs import current, day_log, start_log, tee
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
 __all__ = ['RUN_ID', 'Status', 'RUNNING', 'Part', 'new_run_id', 'FrozenRecord', 'Git', 'Provenance', 'RunStart', 'FileRecord',
-           'RunLink', 'Manifest', 'manifest_digest', 'read_manifest', 'secrets_in', 'redacted', 'scrub', 'run_files',
-           'RunFolder', 'event_logger', 'open_run', 'Process', 'RunningMark', 'OpenRun', 'try_lock', 'is_running',
+           'RunLink', 'Manifest', 'manifest_digest', 'read_manifest', 'secrets_in', 'scrub', 'run_files', 'RunFolder',
+           'event_logger', 'project_of', 'open_run', 'Process', 'RunningMark', 'OpenRun', 'try_lock', 'is_running',
            'begin_run']
 
 # %% ../../nbs/runs/00_record.ipynb #92397a34
@@ -151,13 +150,6 @@ def read_manifest(
 # %% ../../nbs/runs/00_record.ipynb #ff04a471
 _MARKUP = re.compile(rb"(?:\\u001b|\x1b)\[[0-9;]*m|<[^<>]*>")
 
-
-def _spellings(value: str) -> set[bytes]:
-    "The ways in which text files write a value."
-    quoted = json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]
-    escaped = html.escape(value), html.escape(value, quote=False), urllib.parse.quote(value, safe="")
-    return {spelling.encode() for spelling in (value, *quoted, *escaped)}
-
 # %% ../../nbs/runs/00_record.ipynb #ff581a44
 def secrets_in(
     content: bytes,  # of a file
@@ -166,7 +158,7 @@ def secrets_in(
     "Which secrets some bytes contain."
     plain = _MARKUP.sub(b"", content)
     long_enough = {name: value for name, value in secrets.items() if len(value) >= 8}
-    return [name for name, value in long_enough.items() if any(s in content or s in plain for s in _spellings(value))]
+    return [name for name, value in long_enough.items() if any(s in content or s in plain for s in spellings(value))]
 
 # %% ../../nbs/runs/00_record.ipynb #bbc54b48
 def _searchable(path: Path) -> bytes:
@@ -183,18 +175,6 @@ def _searchable(path: Path) -> bytes:
     except (pa.ArrowInvalid, OSError):
         return content  # torn by a kill; nobody can read it
     return content + "\n".join(str(text) for column in columns for text in {str(v) for v in column}).encode()
-
-# %% ../../nbs/runs/00_record.ipynb #26cbeca9
-def redacted(
-    content: bytes,
-    secrets: Mapping[str, str],  # value of each secret by its name
-) -> bytes:
-    "The content with every secret replaced by a mark."
-    for name, value in secrets.items():
-        if len(value) >= 8:
-            for spelling in sorted(_spellings(value), key=len, reverse=True):
-                content = content.replace(spelling, f"[secret {name} removed]".encode())
-    return content
 
 # %% ../../nbs/runs/00_record.ipynb #c893c55a
 def scrub(
@@ -351,7 +331,7 @@ def event_logger(
     folder: Path,  # of a run
     level: str = "INFO",  # the least important level that is kept
 ) -> Any:
-    "A structlog logger that writes JSON lines."
+    "A structlog logger that writes JSON lines, and the same into the log of this process, if one is open."
     import structlog
 
     return structlog.wrap_logger(
@@ -360,6 +340,7 @@ def event_logger(
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
             structlog.processors.format_exc_info,
+            tee,
             structlog.processors.JSONRenderer(default=str),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level.lower()),
@@ -367,6 +348,17 @@ def event_logger(
     )
 
 # %% ../../nbs/runs/00_record.ipynb #b1a78150
+def project_of(
+    folder: RunFolder,
+) -> Path | None:  # None: the run is kept elsewhere than its config says
+    "The working tree that a run belongs to, by where its folder is."
+    root, named = folder.path.resolve().parents[1], Path(folder.config.runs.root)
+    parts = named.parts
+    if named.is_absolute():
+        return None
+    return Path(*root.parts[:-len(parts)]) if root.parts[-len(parts):] == parts else None
+
+
 def open_run(
     run_dir: str = "",  # the folder, as the runner injects it; empty when the notebook was opened by hand
 ) -> RunFolder:
@@ -374,10 +366,13 @@ def open_run(
     if run_dir:
         if not Path(run_dir, "config.yaml").is_file():
             raise RunError(f"{run_dir}: not the folder of a run, it has no config.yaml; leave run_dir empty to work by hand")
-        return RunFolder(Path(run_dir))
-    folder = Path(tempfile.mkdtemp(prefix="xsmom-by-hand-"))
-    write_atomically(folder / "config.yaml", to_yaml(load_config()))
-    return RunFolder(folder)
+        folder = RunFolder(Path(run_dir))
+        if current() is None and (project := project_of(folder)) is not None:
+            start_log(day_log(folder.config.logging, project))
+        return folder
+    by_hand = Path(tempfile.mkdtemp(prefix="xsmom-by-hand-"))
+    write_atomically(by_hand / "config.yaml", to_yaml(load_config()))
+    return RunFolder(by_hand)
 
 # %% ../../nbs/runs/00_record.ipynb #31ecddac
 class Process(FrozenRecord):
@@ -426,16 +421,7 @@ def try_lock(
     folder: Path,  # of a run
 ) -> int | None:  # an open descriptor that holds the lock, to be closed; None when its process lives or there is no mark
     "Take the lock of a run's mark if nobody holds it."
-    try:
-        descriptor = os.open(folder / RUNNING, os.O_RDWR)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    return take_lock(folder / RUNNING)
 
 # %% ../../nbs/runs/00_record.ipynb #ee6e715b
 def is_running(
