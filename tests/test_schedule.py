@@ -38,6 +38,7 @@ from xsmom_nb.ops.entries import load_schedule, next_slot_ms, parse_schedule
 from xsmom_nb.ops.jobs import LOCKS, start_child, still_running
 from xsmom_nb.ops.schedule import EntryMemory, memory_as_json
 from xsmom_nb.ops.scheduler import MEMORY, Processes, Scheduler, run_schedule
+from xsmom_nb.ops.stopping import stop_on_signals
 from xsmom_nb.ops.units import Place, calendar_of, schedule_units, timer_units, write_units
 from xsmom_nb.outbox import heartbeats, undelivered
 from xsmom_nb.state import State, memory_state, open_state, save_memory
@@ -178,15 +179,15 @@ def test_a_week_of_accidents():
 # ── Real processes ───────────────────────────────────────────────────────────────────────────────────────────────────
 ONE = {"entries": [{"name": "job", "command": "live", "cron": "1 * * * *", "catch_up": "run", "time_limit_seconds": 3600}]}
 DRIVER = """
-import sys, threading
+import sys
 from pathlib import Path
-from test_schedule import ONE, Shell, parse_schedule, parse_utc, open_state, Scheduler, SimulatedClock, run_schedule
+from test_schedule import ONE, Shell, parse_schedule, parse_utc, open_state, Scheduler, SimulatedClock, run_by_itself
 folder = Path(sys.argv[1])
 clock, state = SimulatedClock(parse_utc("2025-03-31T09:00")), open_state("sqlite:///state.sqlite", base=folder)
 scheduler = Scheduler(parse_schedule(ONE, "it"), state, clock, Shell(folder, folder / "logs", script="echo begun; sleep 60"))
 scheduler.recover(); scheduler.step()
 clock.set(parse_utc("2025-03-31T09:01"))
-run_schedule(scheduler, threading.Event(), lambda text: None, print)
+run_by_itself(scheduler)
 """
 
 
@@ -198,6 +199,11 @@ class Shell(Processes):
 
     def start(self, entry: Any, job: Any, now_ms: int) -> Any:
         return start_child(entry, job.slot_ms, now_ms, self.project, self.logs, ["sh", "-c", self.script])
+
+
+def run_by_itself(scheduler: Scheduler, once: bool = False) -> None:
+    with stop_on_signals() as stop:
+        run_schedule(scheduler, stop, lambda text: None, print, once)
 
 
 def wait_until(true: Any, seconds: float = 20.0) -> None:
@@ -248,7 +254,7 @@ def test_a_job_that_died_with_its_schedule_is_made_once_more(killed):
     os.killpg(pid, signal.SIGKILL)
     wait_until(lambda: not still_running(folder / LOCKS, ["job"]))
     scheduler = second(folder, "09:05", script="echo again")
-    run_schedule(scheduler, threading.Event(), lambda text: None, print, once=True)
+    run_by_itself(scheduler, once=True)
     assert events_of(scheduler.state) == [("schedule_interrupted", "job")]
     last = scheduler.memory["job"].last
     assert (last.result, last.again, format_utc(last.slot_ms)) == ("done", True, "2025-03-31T09:01:00Z")
@@ -264,9 +270,42 @@ def test_a_hung_job_is_ended(tmp_path, monkeypatch):
     scheduler.recover()
     scheduler.step()
     clock.set(parse_utc("2025-03-31T09:01"))
-    run_schedule(scheduler, threading.Event(), lambda text: None, print, once=True)
+    run_by_itself(scheduler, once=True)
     assert events_of(state) == [("schedule_time_limit", "job")]
     assert scheduler.memory["job"].last.result == "time limit"
+
+
+ASKED = """
+import os, random, sys, time
+from xsmom_nb.ops.stopping import stop_on_signals
+chance, slowest = random.Random(1), 0.0
+for _ in range(int(sys.argv[1])):
+    with stop_on_signals() as stop:
+        os.write(1, b".")
+        begin, delay_ns = time.perf_counter_ns(), chance.randrange(200_000)
+        while time.perf_counter_ns() - begin < delay_ns:
+            pass
+        stop.wait(60)
+        slowest = max(slowest, time.perf_counter_ns() - begin)
+print(slowest / 1e9)
+"""
+
+
+def test_asked_to_end_at_any_instant():
+    "Asked in the microseconds in which it begins to wait, it neither hangs nor sleeps on."
+    times = 5000
+    process = subprocess.Popen([sys.executable, "-c", ASKED, str(times)], stdout=subprocess.PIPE)
+    patience = threading.Timer(60, process.kill)
+    patience.start()
+    try:
+        for _ in range(times):
+            assert process.stdout.read(1) == b"."
+            process.send_signal(signal.SIGTERM)
+        assert float(process.stdout.read()) < 5
+    finally:
+        patience.cancel()
+        process.kill()
+        process.communicate()
 
 
 # ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['app', 'FileOption', 'SCHEDULE_FILE', 'OnceOption', 'EntryOption', 'SimulatedOption', 'HoursOption', 'AccountOption',
-           'schedule_of', 'known_commands', 'refused_here', 'ended_by_signals', 'run_here', 'run_entry', 'tell_of',
-           'words_at', 'for_simulation', 'quiet', 'called_by', 'last_line', 'print_simulated', 'simulate_here', 'run',
+           'schedule_of', 'known_commands', 'refused_here', 'run_here', 'run_entry', 'tell_of', 'words_at',
+           'for_simulation', 'quiet', 'called_by', 'last_line', 'print_simulated', 'simulate_here', 'run',
            'kept_memory', 'show', 'place_of', 'install', 'shadow']
 
 # %% ../nbs/95k_cli_schedule.ipynb #0db2c6b0
@@ -79,22 +78,6 @@ def refused_here(
     return refused_entries(schedule.entries, check, set(known_commands(root)) if root else None)
 
 # %% ../nbs/95k_cli_schedule.ipynb #a2cb7e4e
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[threading.Event]:
-    "An event that is set when somebody asks this process to end."
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {name: signal.signal(name, lambda number, frame: stop.set()) for name in names}
-    try:
-        yield stop
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
 def run_here(
     schedule: Schedule,
     config: Config,
@@ -107,11 +90,12 @@ def run_here(
     from xsmom_nb.compiled import notebooks_digest, source_digest
     from xsmom_nb.lease import hold_lease
     from xsmom_nb.ops.scheduler import Processes, Scheduler, Told, run_schedule
+    from xsmom_nb.ops.stopping import stop_on_signals
     from xsmom_nb.state import open_state
 
     launcher = Processes(project, project / config.logging.directory / "schedule", schedule.keep_log_days)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(ended_by_signals())
+        stop = stack.enter_context(stop_on_signals())
         state = stack.enter_context(open_state(config.live.state_url, base=project))
         stack.enter_context(hold_lease(state, "schedule", source_digest(), notebooks_digest(project)))
         scheduler = Scheduler(schedule, state, SystemClock(), launcher, refused)
@@ -131,6 +115,7 @@ def run_entry(
     from xsmom_nb.clock import SystemClock
     from xsmom_nb.ops.scheduler import Processes, Scheduler, Told, run_schedule
     from xsmom_nb.ops.schedule import EntryMemory
+    from xsmom_nb.ops.stopping import stop_on_signals
     from xsmom_nb.state import memory_state, open_state
 
     known = {entry.name: entry for entry in schedule.entries}
@@ -141,7 +126,7 @@ def run_entry(
         raise UsageError(f"--entry {name}: it cannot run here: {refused[name]}")
     only = schedule.model_copy(update={"entries": (known[name].model_copy(update={"after": (), "enabled": True}),)})
     launcher = Processes(project, project / config.logging.directory / "schedule", schedule.keep_log_days)
-    with ended_by_signals() as stop, memory_state() as own:
+    with stop_on_signals() as stop, memory_state() as own:
         now_ms = SystemClock().now_ms()
         scheduler = Scheduler(only, own, SystemClock(), launcher)
         scheduler.memory = {name: EntryMemory(now_ms, waiting_ms=now_ms)}

@@ -22,6 +22,7 @@ from .entries import Entry, Schedule
 from .jobs import LOCKS, Child, found_child, prune_logs, start_child, still_running
 from .schedule import (
     EntryMemory, Job, Note, Result, due, ended, memory_as_json, memory_from_json, next_due_ms, recovered)
+from .stopping import StopRequest
 from ..outbox import beat, emit
 from ..state import State, load_memory, save_memory
 
@@ -269,7 +270,7 @@ LONGEST_SLEEP_SECONDS = 20.0
 
 def run_schedule(
     scheduler: Scheduler,  # recovered
-    stop: threading.Event,  # set when it is to end
+    stop: StopRequest,  # set when it is to end
     tell: Callable[[str], None],  # the service manager
     say: Callable[[str], None],  # for people
     once: bool = False,  # end when what is due now is done
