@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,21 @@ def golden():
     if not (folder / "core.json").is_file():
         pytest.skip("no golden numbers found")
     return folder
+
+
+# ── A server ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture(scope="session")
+def postgres():
+    "A running PostgreSQL server; skips where none is installed."
+    from postgres import Postgres, initdb
+
+    if (program := initdb()) is None:
+        pytest.skip("no command initdb found")
+    pytest.importorskip("psycopg", reason="no package psycopg found")
+    with tempfile.TemporaryDirectory(prefix="pg", dir="/tmp") as folder:  # a socket's path must be short
+        server = Postgres(Path(folder), str(program.parent))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -22,7 +23,6 @@ from xsmom_nb.exchange.books import Books, account_of, deposited, one_leverage
 from xsmom_nb.exchange.matching import Happening, accepted, advanced, depth_of, ended, venue_of
 from xsmom_nb.exchange.paper import PaperExchange, price_result, totals
 from xsmom_nb.exchange.recorded import RecordedMarket
-from xsmom_nb.files import write_atomically
 from xsmom_nb.market.panel import Panel
 from xsmom_nb.market.synthetic import synthetic_panel
 from xsmom_nb.ports import Bar, Fill, FundingRate, Instrument, LedgerEntry, Order, OrderRequest, Ticker, TransientError
@@ -242,43 +242,52 @@ def test_two_ports_on_one_file_are_one_account(panel, tmp_path):
 
 
 # ── Kills ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-HOURS_TRADED = 70
+HOURS_TRADED, ORDERS = 70, 6  # orders an hour
 
 
-def trade(panel: Panel, folder: Path, pipe: int | None = None) -> None:
-    "Trade from the hour the last process got to; a byte into the pipe for each hour."
-    progress = folder / "hour"
-    begin = int(progress.read_text()) if progress.exists() else 0
-    exchange, clock = opened(panel, folder, start_of(panel) + begin * HOUR)
+def trade(panel: Panel, folder: Path, end_of_hour: Callable[[], object] = int) -> None:
+    "Trade from the order the last process got to."
+    progress = folder / "order"  # an order that was refused is not sent again: by then it might be accepted
+    following, begin = folder / "next", int(progress.read_text()) if progress.exists() else 0
+    exchange, clock = opened(panel, folder, start_of(panel) + begin // ORDERS * HOUR)
     with exchange:
-        for hour in range(begin, HOURS_TRADED):
-            write_atomically(progress, str(hour))
+        for hour in range(begin // ORDERS, HOURS_TRADED):
             clock.set(start_of(panel) + hour * HOUR)
-            for request in random_orders(exchange, np.random.default_rng(hour), f"h{hour}", 6):
-                exchange.submit_order(request)
-            if pipe is not None:
-                os.write(pipe, b".")
+            requests = random_orders(exchange, np.random.default_rng(hour), f"h{hour}", ORDERS)
+            for number in range(max(hour * ORDERS, begin), (hour + 1) * ORDERS):
+                following.write_text(str(number))
+                following.replace(progress)
+                exchange.submit_order(requests[number % ORDERS])
+            end_of_hour()
 
 
-def trade_and_kill(folder: Path, wanted: int) -> None:
-    "Trade in forked processes, each killed after a few hours at no particular place; print how many were."
-    panel, rng, kills = synthetic_panel(seed=3, bars=1500, symbols=14), np.random.default_rng(2), 0
+def trade_for(panel: Panel, folder: Path, hours: int, seconds: float) -> None:
+    "Trade in a forked process that is killed so long after some hours; it does not run ahead of whoever kills it."
+    (ended, tell), (may_go_on, permit) = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        trade(panel, folder, lambda: (os.write(tell, b"."), os.read(may_go_on, 1)))
+        os._exit(0)
+    for _ in range(hours):
+        os.read(ended, 1)
+        os.write(permit, b".")
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    for end in (ended, tell, may_go_on, permit):
+        os.close(end)
+
+
+def trade_and_kill(folder: Path, kills: int) -> None:
+    "Trade in processes that are killed somewhere in an hour; print the hour the last one got to."
+    panel, rng = synthetic_panel(seed=3, bars=1500, symbols=14), np.random.default_rng(2)
+    begin = time.monotonic()
     trade(panel, folder / "whole")
-    while kills < wanted:
-        reading, writing = os.pipe()
-        child = os.fork()
-        if not child:
-            trade(panel, folder / "killed", writing)
-            os._exit(0)
-        os.close(writing)
-        os.read(reading, 1)
-        time.sleep(rng.uniform(0, 0.03))
-        os.kill(child, signal.SIGKILL)
-        kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        os.close(reading)
-    at_last = int((folder / "killed" / "hour").read_text())
+    hour_seconds = (time.monotonic() - begin) / HOURS_TRADED
+    for _ in range(kills):
+        trade_for(panel, folder / "killed", int(rng.integers(1, 3)), rng.uniform(0, hour_seconds))
+    print(int((folder / "killed" / "order").read_text()) // ORDERS)
     trade(panel, folder / "killed")
-    print(kills, at_last)
 
 
 def elsewhere(function: str, folder: Path, *numbers: int) -> str:
@@ -291,9 +300,8 @@ def elsewhere(function: str, folder: Path, *numbers: int) -> str:
 
 def test_a_killed_process_loses_nothing_and_repeats_nothing(panel, tmp_path):
     "Killed again and again between two instructions, the account ends as that of a process which nobody killed."
-    kills, at_last = map(int, elsewhere("trade_and_kill", tmp_path, 20).split())
-    assert kills == 20
-    assert 10 < at_last < HOURS_TRADED - 1, "the kills did not fall into the trading"
+    at_last = int(elsewhere("trade_and_kill", tmp_path, 20))
+    assert 20 <= at_last <= 60 < HOURS_TRADED
     end_ms = start_of(panel) + HOURS_TRADED * HOUR
     (first, _), (second, _) = (opened(panel, tmp_path / name, end_ms) for name in ("whole", "killed"))
     with first, second:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from postgres import Postgres, free_port
 
 from xsmom_nb.config import Config, with_values
 from xsmom_nb.market.panel import FIELDS, Panel
@@ -31,7 +31,6 @@ from xsmom_nb.optimizer.worker import Desk
 NAMES = ("kappa", "trade_rate", "rebalance_every_bars", "signal_power")
 SETTINGS = {"optimizer.phases": 1, "filters.regime.ema_len": 50, "backtest.risk": "core"}
 FIRST, END = 200, 900
-BINARIES = "/usr/lib/postgresql/15/bin"
 
 
 # ── A small market, a study of it ────────────────────────────────────────────────────────────────────────────────────
@@ -208,58 +207,6 @@ def test_a_clock_of_another_country_loses_nobody():
 
 
 # ── PostgreSQL ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def free_port() -> int:
-    "A port of the loopback that nobody listens on."
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Postgres:
-    "A server of its own in a folder; it refuses to run as root, so there it runs as nobody."
-
-    def __init__(self, folder: Path, binaries: str) -> None:
-        self.folder, self.binaries, self.port = folder, Path(binaries), free_port()
-        self.as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
-        if self.as_nobody:
-            os.chown(folder, 65534, 65534)
-        self.run("initdb", "-D", f"{folder}/data", "-U", "study", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C")
-
-    @property
-    def url(self) -> str:
-        return f"postgresql+psycopg://study@127.0.0.1:{self.port}/postgres"
-
-    def run(self, command: str, *arguments: str) -> None:
-        "One of the server's programs, to its end."
-        done = subprocess.run([*self.as_nobody, str(self.binaries / command), *arguments], cwd=self.folder, text=True,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        assert done.returncode == 0, done.stderr
-
-    def start(self) -> None:
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self.folder} -c fsync=off"
-        self.run("pg_ctl", "-D", f"{self.folder}/data", "-w", "-o", options, "-l", f"{self.folder}/log", "start")
-
-    def stop(self) -> None:
-        self.run("pg_ctl", "-D", f"{self.folder}/data", "-w", "-m", "immediate", "stop")
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    import tempfile
-
-    found = shutil.which("initdb", path=os.pathsep.join([BINARIES, os.environ.get("PATH", "")]))
-    if found is None:
-        pytest.skip("no command initdb found")
-    pytest.importorskip("psycopg", reason="no package psycopg found")
-    with tempfile.TemporaryDirectory(prefix="pg", dir="/tmp") as folder:  # a socket's path must be short
-        server = Postgres(Path(folder), str(Path(found).resolve().parent))
-        server.start()
-        try:
-            yield server
-        finally:
-            server.stop()
-
-
 @contextmanager
 def opened(url: str) -> Iterator[optuna.storages.BaseStorage]:
     "A database's storage; its connections are closed at the end."

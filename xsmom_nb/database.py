@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import sqlite3
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -21,7 +23,7 @@ from .errors import ConfigError, StateError
 from .files import make_folder
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine, TextClause
+    from sqlalchemy import URL, Connection, Engine, TextClause
 
 # %% auto #0
 __all__ = ['sql', 'Database', 'check_integrity', 'open_database', 'memory_database']
@@ -43,17 +45,41 @@ _TROUBLES = {
     14: _UNWRITABLE, 26: _DAMAGED,
 }
 
+# %% ../nbs/10_database.ipynb #aa88199a
+_AWAY = (
+    "cannot be reached",
+    "see that it runs and that host, port, database and user are right; a step under way was kept whole or not at all",
+)
+_SERVER_TROUBLES = {  # first two digits of an SQLSTATE
+    "08": _AWAY, "57": _AWAY, "58": _TROUBLES[10],
+    "53": ("has no room left", "free disk, memory or connections of the server and repeat; the last complete step is unchanged"),
+    "55": _LOCKED,
+}
 
+
+def _server_trouble(
+    error: BaseException,  # what SQLAlchemy made of a server's answer
+) -> tuple[str, str] | None:  # None when it is not the store's fault
+    "What is wrong with a server, and the remedy."
+    from sqlalchemy.exc import OperationalError
+
+    code = getattr(getattr(error, "orig", None), "sqlstate", None)
+    if code is None:  # the server said nothing: nobody was there, or the line broke
+        return _AWAY if isinstance(error, OperationalError) else None
+    return _SERVER_TROUBLES.get(code[:2])
+
+# %% ../nbs/10_database.ipynb #ecd476f5
 def _state_error(
     location: str,  # the database file or URL, as the message names it
     error: BaseException,  # what the driver raised
 ) -> StateError | None:  # None when it is not the store's fault
     "The `StateError` for a driver's exception: file, trouble and remedy."
     code = getattr(getattr(error, "orig", error), "sqlite_errorcode", None)
-    trouble = _TROUBLES.get(code & 0xFF) if code is not None else None
+    trouble = _TROUBLES.get(code & 0xFF) if code is not None else _server_trouble(error)
     if trouble is None:
         return None
-    return StateError(f"database {location} {trouble[0]} ({getattr(error, 'orig', error)}): {trouble[1]}")
+    said = " ".join(str(getattr(error, "orig", error)).split())  # on one line
+    return StateError(f"database {location} {trouble[0]} ({said}): {trouble[1]}")
 
 # %% ../nbs/10_database.ipynb #b55b401c
 def _prepare_connection(
@@ -75,29 +101,48 @@ def _prepare_connection(
     connection.execute("PRAGMA foreign_keys=ON")
 
 # %% ../nbs/10_database.ipynb #92fef784
+def _prepare_session(
+    connection: Any,  # a new connection of the psycopg driver
+    busy_timeout_seconds: float,  # how long to wait for another writer
+) -> None:
+    "Tell a new connection to PostgreSQL how patient and how durable to be."
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET lock_timeout = {max(1, round(busy_timeout_seconds * 1000))}")
+        cursor.execute("SET synchronous_commit = on")
+    connection.commit()
+
+# %% ../nbs/10_database.ipynb #c26b9eb7
 def _begin(
     connection: Connection,  # about to start a transaction
+    lock: int,  # number of the write lock
 ) -> None:
     "Start a transaction with the write lock already held, unless it only reads."
     reading = connection.get_execution_options().get("only_reads", False)
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
-    elif connection.dialect.name == "postgresql":
+    else:
         only_reads = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"  # else each statement sees a moment of its own
-        connection.exec_driver_sql(only_reads if reading else "SELECT pg_advisory_xact_lock(7401)")
+        connection.exec_driver_sql(only_reads if reading else f"SELECT pg_advisory_xact_lock({lock})")
 
-# %% ../nbs/10_database.ipynb #c26b9eb7
+# %% ../nbs/10_database.ipynb #36d2789c
+_PATIENCE = {"connect_timeout": 10, "tcp_user_timeout": 20_000}  # seconds; milliseconds until sent data must be acknowledged
+
+
 def _make_engine(
     url: str,  # SQLAlchemy URL with an absolute path
     busy_timeout_seconds: float,  # how long to wait for another writer
+    lock: int,  # number of the write lock, where the database has no lock of its own
 ) -> Engine:
     "An engine whose connections and transactions keep the promises of this notebook."
-    from sqlalchemy import create_engine, event
+    from sqlalchemy import create_engine, event, make_url
 
-    engine = create_engine(url)
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", lambda connection, _: _prepare_connection(connection, busy_timeout_seconds))
-    event.listen(engine, "begin", _begin)
+    parsed = make_url(url)
+    is_file = parsed.get_backend_name() == "sqlite"
+    prepare = _prepare_connection if is_file else _prepare_session
+    patience = {} if is_file else {name: value for name, value in _PATIENCE.items() if name not in parsed.query}
+    engine = create_engine(parsed, pool_pre_ping=not is_file, connect_args=patience)
+    event.listen(engine, "connect", lambda connection, _: prepare(connection, busy_timeout_seconds))
+    event.listen(engine, "begin", lambda connection: _begin(connection, lock))
     return engine
 
 # %% ../nbs/10_database.ipynb #9d54858b
@@ -151,28 +196,41 @@ class Database:
         self.close()
 
 # %% ../nbs/10_database.ipynb #8bdcd0ff
-def _application_id(
+def _mark_of(
     migrations: Sequence[Sequence[str]],
 ) -> int:  # positive, 31 bits
-    "The number that marks a file as made from this list of tables."
+    "The number that marks a database as made from this list of tables."
     return int.from_bytes(hashlib.sha256("\n".join(migrations[0]).encode()).digest()[:4]) >> 1 or 1
 
+# %% ../nbs/10_database.ipynb #5c1b446b
+def _read_mark(
+    connection: Connection,
+) -> int:  # 0: none
+    "The number that a database is marked with."
+    comment = "SELECT obj_description(to_regclass('schema_version'), 'pg_class')"
+    query = "PRAGMA application_id" if connection.dialect.name == "sqlite" else comment
+    return int(connection.exec_driver_sql(query).scalar() or 0)
 
-def _require_own_file(
-    connection: Connection,  # inside a writing transaction
+
+def _write_mark(
+    connection: Connection,  # inside a writing transaction, the tables are there
+    mark: int,
+) -> None:
+    "Mark a database."
+    comment = f"COMMENT ON TABLE schema_version IS '{mark}'"
+    connection.exec_driver_sql(f"PRAGMA application_id={mark}" if connection.dialect.name == "sqlite" else comment)
+
+
+def _require_own(
+    found: int,  # the mark that was read
+    mark: int,  # ours
     location: str,  # the database, as a message names it
-    migrations: Sequence[Sequence[str]],
     key: str,  # the config key that names the database
 ) -> None:
-    "Mark a new file as ours; raises `StateError` for one that was made for something else."
-    if connection.dialect.name != "sqlite":
-        return
-    found, ours = int(connection.exec_driver_sql("PRAGMA application_id").scalar() or 0), _application_id(migrations)
-    if found not in (0, ours):
-        raise StateError(f"database {location} was made for something else (mark {found}, expected {ours}): "
-                         f"{key} must name a file of its own")
-    if not found:
-        connection.exec_driver_sql(f"PRAGMA application_id={ours}")
+    "Raise `StateError` for a database that was made for something else."
+    if found not in (0, mark):
+        raise StateError(f"database {location} was made for something else (mark {found}, expected {mark}): "
+                         f"{key} must name a file of its own, or on a server a database or schema of its own")
 
 # %% ../nbs/10_database.ipynb #00c31f1b
 def _migrate(
@@ -197,6 +255,29 @@ def _migrate(
         run("DELETE FROM schema_version")
         run(f"INSERT INTO schema_version VALUES ({newest})")
 
+# %% ../nbs/10_database.ipynb #4c945632
+def _parse(
+    url: str,  # as in the config
+    key: str,  # the config key it came from
+) -> URL:
+    "Read a database's URL; raises `ConfigError` for one that names neither a file nor a PostgreSQL server."
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    shown = re.sub(r"//.*@", "//…@", url)  # what stands there may be a password
+    expected = "expected sqlite:///state/xsmom.sqlite or the like, or postgresql+psycopg://USER@HOST/DATABASE"
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(f"{key} {shown!r}: {expected}; this is not a database URL") from error
+    if parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise ConfigError(f"{key} {shown!r}: {expected}, was {parsed.drivername}")
+    if parsed.drivername != "sqlite" and find_spec("psycopg") is None:
+        raise ConfigError(f"{key} {shown!r}: the package psycopg is needed for it: pip install 'xsmom_nb[distributed]'")
+    return parsed
+
 # %% ../nbs/10_database.ipynb #982915c9
 def _locate(
     url: str,  # SQLAlchemy URL, as in the config
@@ -204,15 +285,9 @@ def _locate(
     key: str,  # the config key it came from
 ) -> tuple[str, str, Path | None]:  # absolute URL, name for messages, folder of the file
     "Find the database a URL means; raises `ConfigError` for a URL that is none."
-    from sqlalchemy import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        parsed = make_url(url)
-    except ArgumentError as error:
-        raise ConfigError(f"{key} {url!r}: expected a database URL such as sqlite:///state/xsmom.sqlite ({error})") from error
-    if parsed.get_backend_name() != "sqlite":
-        return url, parsed.render_as_string(hide_password=True), None
+    parsed = _parse(url, key)
+    if parsed.drivername != "sqlite":
+        return parsed.render_as_string(hide_password=False), parsed.render_as_string(hide_password=True), None
     if parsed.database in (None, "", ":memory:"):
         raise ConfigError(f"{key} {url!r}: expected a file; a store in memory forgets everything at the end")
     path = ((base or Path.cwd()) / str(parsed.database)).resolve()
@@ -245,12 +320,15 @@ def open_database(
         if must_exist and not Path(location).is_file():
             raise StateError(f"database {location} does not exist: nothing was kept there yet, or {key} names another file")
         make_folder(database_folder)
-    database = Database(_make_engine(absolute, busy_timeout_seconds), location, database_folder)
+    mark = _mark_of(migrations)
+    database = Database(_make_engine(absolute, busy_timeout_seconds, mark), location, database_folder)
     try:
         check_integrity(database)
         with database.write() as connection:
-            _require_own_file(connection, location, migrations, key)
+            _require_own(found := _read_mark(connection), mark, location, key)
             _migrate(connection, location, migrations, key)
+            if not found:
+                _write_mark(connection, mark)
     except BaseException:
         database.close()
         raise
