@@ -29,6 +29,7 @@ os.environ.pop("NUMBA_DISABLE_JIT", None)  # numba has read it; what a notebook 
 ONLY_COMPILED = {  # module, or folder of modules, to what Python does otherwise
     "backtest.batch": "backtests a hundred configs, which takes Python minutes; the kernel's own notebook reaches every line",
     "backtest.earnings": "backtests every phase, which takes Python minutes",
+    "backtest.parity": "backtests and replays weeks, and compiles nothing of its own",
     "backtest.vector": "backtests years of bars, which takes Python minutes; the kernel's own notebook reaches every line",
     "compiled": "is about compiling",
     "exchange.fills": "divides scalars by zero, for which compiled code has inf and Python an exception",
