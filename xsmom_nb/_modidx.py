@@ -2860,6 +2860,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'xsmom_nb.ops.account.was_watched': ('ops/account.html#was_watched', 'xsmom_nb/ops/account.py')},
             'xsmom_nb.ops.backup': { 'xsmom_nb.ops.backup.Copy': ('ops/backup.html#copy', 'xsmom_nb/ops/backup.py'),
                                      'xsmom_nb.ops.backup.Original': ('ops/backup.html#original', 'xsmom_nb/ops/backup.py'),
+                                     'xsmom_nb.ops.backup._require_rows': ('ops/backup.html#_require_rows', 'xsmom_nb/ops/backup.py'),
                                      'xsmom_nb.ops.backup._vacuum_into': ('ops/backup.html#_vacuum_into', 'xsmom_nb/ops/backup.py'),
                                      'xsmom_nb.ops.backup.back_up': ('ops/backup.html#back_up', 'xsmom_nb/ops/backup.py'),
                                      'xsmom_nb.ops.backup.check_copy': ('ops/backup.html#check_copy', 'xsmom_nb/ops/backup.py'),
