@@ -20,7 +20,7 @@ from ..exchange.connect import keys_for
 from ..exchange.faults import SURVIVABLE, FaultPlan, weather
 from ..exchange.journal import Journal
 from ..exchange.launch import scene_of, simulator_on
-from ..exchange.line import RequestPace, open_line
+from ..exchange.line import Line, RequestPace, open_line
 from ..exchange.server import serving
 from ..exchange.simulator import Simulator
 from ..execution import reconcile
@@ -71,26 +71,37 @@ def rounded(
     "The nearest multiple of a step."
     return (amount / step).to_integral_value() * step
 
+# %% ../../nbs/ops/02_storm.ipynb #2289050c
+def _quantity(chance: random.Random, leg: Leg, rules: Instrument, mark: Decimal, held: Position | None) -> Decimal:
+    "How much it wants, in the coin."
+    quantity = rounded(Decimal(chance.randrange(100, 900)) / mark, rules.quantity_step)
+    if held and leg in ("decrease", "close"):
+        quantity = rounded(abs(held.quantity) / (1 if leg == "close" else 2), rules.quantity_step)
+    return quantity
 
+# %% ../../nbs/ops/02_storm.ipynb #d0feb9d8
+def _terms(chance: random.Random, mark: Decimal, tick: Decimal) -> tuple[OrderType, Decimal | None, TimeInForce]:
+    "Kind, price and time in force of an order."
+    at = chance.choice((None, None, "0.998", "1.002"))
+    price = rounded(mark * Decimal(at), tick) if at else None
+    force: TimeInForce = "IOC" if price is None else chance.choice(("GTC", "PostOnly"))
+    return ("Limit" if price else "Market"), price, force
+
+# %% ../../nbs/ops/02_storm.ipynb #40819e9d
 def _intent_of(chance: random.Random, row_ms: int, rules: Instrument, mark: Decimal, held: Position | None) -> Intent | None:
     "What it wants of one contract; None where that is less than there may be."
     leg: Leg = chance.choice(("increase", "decrease", "close")) if held else "open"
     reduces = leg in ("decrease", "close")
     is_long = held.quantity > 0 if held else chance.random() < 0.5
     side: Side = "Buy" if is_long != reduces else "Sell"
-    quantity = rounded(Decimal(chance.randrange(100, 900)) / mark, rules.quantity_step)
-    if held and reduces:
-        quantity = rounded(abs(held.quantity) / (1 if leg == "close" else 2), rules.quantity_step)
-    at = chance.choice((None, None, "0.998", "1.002"))
-    price = rounded(mark * Decimal(at), rules.price_tick) if at else None
-    force: TimeInForce = "IOC" if price is None else chance.choice(("GTC", "PostOnly"))
-    kind: OrderType = "Limit" if price else "Market"
+    quantity = _quantity(chance, leg, rules, mark, held)
+    kind, price, force = _terms(chance, mark, rules.price_tick)
     if quantity < rules.min_quantity:
         return None
     name = link_id(row_ms, rules.symbol, leg)
     return Intent(OrderRequest(name, rules.symbol, side, kind, quantity, price, force, reduces), leg)
 
-
+# %% ../../nbs/ops/02_storm.ipynb #ae20cb34
 def random_intents(
     chance: random.Random,
     row_ms: int,  # the bar, UTC ms
@@ -102,6 +113,12 @@ def random_intents(
     chosen = [symbol for symbol in sorted(rules) if chance.random() >= 0.4 and symbol in tickers]
     wanted = (_intent_of(chance, row_ms, rules[symbol], tickers[symbol].mark, held.get(symbol)) for symbol in chosen)
     return sorted(filter(None, wanted), key=lambda intent: not intent.request.reduce_only)
+
+# %% ../../nbs/ops/02_storm.ipynb #57a487dd
+def _stop_level(chance: random.Random, position: Position, mark: Decimal, tick: Decimal) -> Decimal | None:
+    "Where a position's stop is wanted; None to take it away."
+    away = Decimal("0.97") if position.quantity > 0 else Decimal("1.03")
+    return None if chance.random() < 0.2 else rounded(mark * away, tick)
 
 # %% ../../nbs/ops/02_storm.ipynb #1e402b21
 @dataclass
@@ -136,8 +153,7 @@ class Trader:
 
     def protect(self, position: Position, mark: Decimal) -> None:
         "Set or take away a stop."
-        away = Decimal("0.97") if position.quantity > 0 else Decimal("1.03")
-        level = None if self.chance.random() < 0.2 else rounded(mark * away, self.rules[position.symbol].price_tick)
+        level = _stop_level(self.chance, position, mark, self.rules[position.symbol].price_tick)
         for _ in range(4):
             sent = self.port.set_position_stop(position.symbol, level)
             self.storm.stops[sent.outcome] += 1
@@ -145,12 +161,6 @@ class Trader:
                 return
 
 # %% ../../nbs/ops/02_storm.ipynb #879dbeb4
-FIRST_BAR = 300  # of the recording; trading begins as it closes
-KINDS = (*SURVIVABLE, "lagging", "short_page", "clock_skew", "forbidden")
-_HOUR_MS = 3_600_000
-_COLD_SECONDS = 60.0  # the first answer of a fresh checkout waits for a compiler
-
-
 class _NoHurry:
     "Time that passes when somebody waits."
 
@@ -159,6 +169,21 @@ class _NoHurry:
 
     def wait(self, seconds: float) -> None:
         self.seconds += seconds
+
+# %% ../../nbs/ops/02_storm.ipynb #8ae3955c
+_COLD_SECONDS = 60.0  # the first answer of a fresh checkout waits for a compiler
+
+
+def _line_to(url: str, simulator: Simulator, config: Config) -> Line:
+    "A line on which nobody waits."
+    there = with_values(config, {
+        "live.mode": "simulator", "exchange.mode_urls.simulator": url, "exchange.timeout_seconds": _COLD_SECONDS})
+    hurry = _NoHurry()
+    return open_line(there, simulator.pace, keys_for(there), RequestPace(lambda: hurry.seconds, hurry.wait))
+
+# %% ../../nbs/ops/02_storm.ipynb #162eb488
+FIRST_BAR = 300  # of the recording; trading begins as it closes
+_HOUR_MS = 3_600_000
 
 
 @contextmanager
@@ -171,17 +196,17 @@ def calm_exchange(
     config = with_values(Config(), {"execution.leverage": 3, "paper.initial_equity": 10_000})
     scene = scene_of(panel, None, int(panel.open_time_ms[FIRST_BAR]) + _HOUR_MS + 60_000)
     simulator = simulator_on(scene, config, mode="paused", limits=False, journal=Journal(folder / "journal.jsonl"))
-    hurry = _NoHurry()
     with serving(simulator) as url, open_state(f"sqlite:///{folder}/state.sqlite") as state:
-        there = with_values(config, {
-            "live.mode": "simulator", "exchange.mode_urls.simulator": url, "exchange.timeout_seconds": _COLD_SECONDS})
-        line = open_line(there, simulator.pace, keys_for(there), RequestPace(lambda: hurry.seconds, hurry.wait))
+        line = _line_to(url, simulator, config)
         port = BybitExchange(line)
         rules = {each.symbol: each for each in port.fetch_instruments()}
         set_up(line, list(rules), leverage=3)
         yield simulator, url, Trader(port, state, config, simulator.pace, rules, random.Random(seed))
 
-# %% ../../nbs/ops/02_storm.ipynb #162eb488
+# %% ../../nbs/ops/02_storm.ipynb #93dcf97f
+KINDS = (*SURVIVABLE, "lagging", "short_page", "clock_skew", "forbidden")
+
+
 def _in_bad_weather(trader: Trader, simulator: Simulator, faults: int, row_ms: int) -> int:  # the bar after the last
     "Trade, hour by hour, until so many faults have struck."
     pace, storm = simulator.pace, trader.storm
@@ -197,7 +222,25 @@ def _in_bad_weather(trader: Trader, simulator: Simulator, faults: int, row_ms: i
     storm.faults = sum(storm.struck.values())
     return row_ms
 
+# %% ../../nbs/ops/02_storm.ipynb #53b4a3e5
+@contextmanager
+def _without_pauses() -> Iterator[None]:
+    "The recovery does not wait inside the block."
+    pause, reconcile.FIRST_PAUSE_SECONDS = reconcile.FIRST_PAUSE_SECONDS, 0.0001
+    try:
+        yield
+    finally:
+        reconcile.FIRST_PAUSE_SECONDS = pause
 
+# %% ../../nbs/ops/02_storm.ipynb #68113382
+def _compare(trader: Trader, url: str, start_ms: int) -> None:
+    "Note what came of the orders, and where the pictures differ."
+    truth, storm = truth_of(url), trader.storm
+    storm.differences = view_differences(trader.port, truth, start_ms) + journal_differences(trader.state, truth)
+    storm.fates = Counter(row["status"] for row in export(trader.state)["intents"])
+    storm.fills = len(truth["fills"])
+
+# %% ../../nbs/ops/02_storm.ipynb #b7afec56
 def storm_of(
     faults: int,  # that have to strike
     seed: int,
@@ -207,22 +250,15 @@ def storm_of(
 ) -> Storm:
     "Trade through bad weather; then let it clear, and compare everything with the truth."
     panel = panel or synthetic_panel(seed=seed, bars=FIRST_BAR + 24 + faults, symbols=4)
-    pause, reconcile.FIRST_PAUSE_SECONDS = reconcile.FIRST_PAUSE_SECONDS, 0.0001
-    try:
-        with calm_exchange(panel, folder, seed) as (simulator, url, trader):
-            storm, start_ms = trader.storm, simulator.pace.now_ms()
-            row_ms = start_ms // _HOUR_MS * _HOUR_MS - _HOUR_MS
-            trader.recover(row_ms)
-            simulator.plan = weather(seed, probability, kinds=KINDS)
-            row_ms = _in_bad_weather(trader, simulator, faults, row_ms)
-            simulator.plan = FaultPlan()
-            trader.recover(row_ms)
-            truth = truth_of(url)
-            storm.differences = view_differences(trader.port, truth, start_ms) + journal_differences(trader.state, truth)
-            storm.fates = Counter(row["status"] for row in export(trader.state)["intents"])
-            storm.fills = len(truth["fills"])
-    finally:
-        reconcile.FIRST_PAUSE_SECONDS = pause
+    with _without_pauses(), calm_exchange(panel, folder, seed) as (simulator, url, trader):
+        storm, start_ms = trader.storm, simulator.pace.now_ms()
+        row_ms = start_ms // _HOUR_MS * _HOUR_MS - _HOUR_MS
+        trader.recover(row_ms)
+        simulator.plan = weather(seed, probability, kinds=KINDS)
+        row_ms = _in_bad_weather(trader, simulator, faults, row_ms)
+        simulator.plan = FaultPlan()
+        trader.recover(row_ms)
+        _compare(trader, url, start_ms)
     names = sent_names(folder / "journal.jsonl")
     storm.orders, storm.twice = sum(names.values()), sorted(name for name, count in names.items() if count > 1)
     return storm
