@@ -110,7 +110,7 @@ class Office:
     def look(self) -> int:  # how many events were handed out
         "Read the addresses, and hand out what has happened."
         now = {route: secret.get_secret_value() for route, secret in self.addresses().items()}
-        changed = [route for route, url in now.items() if self.urls and self.urls.get(route) != url]
+        changed = [route for route, url in now.items() if self.urls.get(route) != url]
         self.urls = now
         if changed:
             with self.state.write() as connection:
