@@ -91,8 +91,8 @@ def check_copy(
 # %% ../../nbs/ops/28_backup.ipynb #9314b297
 def _require_rows(copy: Path, rows: Mapping[str, int], before: Mapping[str, int], after: Mapping[str, int]) -> None:
     "Raise `IntegrityError` for a copy whose tables have other numbers of rows than its original."
-    for table, count in rows.items():
-        least, most = sorted((before.get(table, 0), after.get(table, 0)))
+    for table in {**rows, **before}:
+        count, (least, most) = rows.get(table, 0), sorted((before.get(table, 0), after.get(table, 0)))
         if not least <= count <= most:
             raise IntegrityError(f"{copy}: table {table} has {count} rows, the original has {least} to {most}: it is no backup")
 
