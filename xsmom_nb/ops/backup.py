@@ -161,8 +161,9 @@ def copies_in(
     kind: str,  # state or paper
 ) -> list[Path]:  # the oldest first
     "The backups of a kind."
-    names = (path for path in folder.iterdir() if (found := NAMED.fullmatch(path.name)) and found[1] == kind)
-    return sorted(names) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if (found := NAMED.fullmatch(path.name)) and found[1] == kind)
 
 # %% ../../nbs/ops/28_backup.ipynb #6485bf66
 def drop_old(
