@@ -40,12 +40,12 @@ def _numbers(
 ) -> list[int]:
     "The numbers that one part of a cron field means; raises `ValueError` saying what was expected."
     low, high = _FIELDS[field]
-    span, _, step = text.partition("/")
+    span, slash, step = text.partition("/")
     first, dash, last = span.partition("-")
     ends = [_NAMES.get(field, {}).get(end.lower(), end) for end in ((first, last) if dash else (first, first))]
     if span == "*":
         ends = [low, high]
-    if not all(re.fullmatch(r"\d{1,3}", str(end)) for end in ends) or not re.fullmatch(r"([1-9]\d{0,2})?", step):
+    if not all(re.fullmatch(r"\d{1,3}", str(end)) for end in ends) or (slash and not re.fullmatch(r"[1-9]\d{0,2}", step)):
         raise ValueError(f"{field} {text!r}: expected numbers from {low} to {high}, as in *, 5, 1-5, 0,30 or */15")
     start, end = int(ends[0]), int(ends[1])
     if not low <= start <= end <= high:
