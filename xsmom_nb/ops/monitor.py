@@ -202,7 +202,7 @@ class Looks:
 # %% ../../nbs/ops/25_monitor.ipynb #37e74532
 def _is_home(host: str) -> bool:  # the header of a request, "127.0.0.1:9100"
     "Whether a request was sent to this machine by its own name."
-    return host.rpartition(":")[0] in ("127.0.0.1", "localhost")
+    return host.partition(":")[0] in ("127.0.0.1", "localhost")
 
 # %% ../../nbs/ops/25_monitor.ipynb #a6a65c0a
 def _application(looks: Looks) -> Any:  # of aiohttp
