@@ -29,9 +29,6 @@ from ..state import open_state
 __all__ = ['TRADING', 'MARGIN_MS', 'account_runs', 'recorded_decisions', 'exchange_lists', 'was_watched', 'read_account']
 
 # %% ../../nbs/ops/01_account.ipynb #0440696e
-TRADING = ("live", "live_cycle")  # kinds of runs that trade
-
-
 def _rows_ms(folder: Path) -> list[int]:
     "Open times of the rows that a run has decided, UTC ms, read without its bars."
     if (folder / CASES).exists():
@@ -41,22 +38,35 @@ def _rows_ms(folder: Path) -> list[int]:
         return [int(json.loads((folder / SNAPSHOT).read_bytes())["row_ms"])]
     return []
 
+# %% ../../nbs/ops/01_account.ipynb #e91f0cb8
+TRADING = ("live", "live_cycle")  # kinds of runs that trade
 
+
+def _is_of(folder: Path, config: Config) -> bool:
+    "Whether a run has traded for an account."
+    if folder.parent.name not in TRADING or not (folder / "config.yaml").exists():
+        return False
+    theirs = load_config(folder / "config.yaml", environ={})
+    return (theirs.live.state_url, theirs.live.mode) == (config.live.state_url, config.live.mode)
+
+# %% ../../nbs/ops/01_account.ipynb #57b9d337
 def account_runs(
     root: Path,  # folder of all runs
     config: Config,  # of the account: `live.state_url`, `live.mode`
 ) -> Iterator[tuple[Path, list[int]]]:  # folder and decided rows (open times in UTC ms), the newest run first
     "The runs in which an account has decided something."
     for folder in reversed(run_folders(root)):
-        if folder.parent.name not in TRADING or not (folder / "config.yaml").exists():
-            continue
-        theirs = load_config(folder / "config.yaml", environ={})
-        if (theirs.live.state_url, theirs.live.mode) != (config.live.state_url, config.live.mode):
-            continue
-        if rows := _rows_ms(folder):
+        if _is_of(folder, config) and (rows := _rows_ms(folder)):
             yield folder, rows
 
+# %% ../../nbs/ops/01_account.ipynb #1eda3fb4
+def _nothing_found(root: Path, config: Config, days: float, end_ms: int | None) -> DataError:
+    "Why there is no ledger."
+    window = f" of {days:g} days before {format_utc(end_ms)}" if end_ms is not None else ""
+    return DataError(f"{root}: no decision{window} of the account with the state {config.live.state_url} was recorded; "
+                     f"expected runs of {' or '.join(TRADING)}: trade with `xsmom live`, or name the account")
 
+# %% ../../nbs/ops/01_account.ipynb #aeeef5c8
 def recorded_decisions(
     root: Path,  # folder of all runs
     config: Config,  # of the account
@@ -77,15 +87,10 @@ def recorded_decisions(
         if max(rows) < start_ms:
             break
     if not found:
-        window = f" of {days:g} days before {format_utc(end_ms)}" if end_ms is not None else ""
-        raise DataError(f"{root}: no decision{window} of the account with the state {config.live.state_url} was recorded; "
-                        f"expected runs of {' or '.join(TRADING)}: trade with `xsmom live`, or name the account")
+        raise _nothing_found(root, config, days, end_ms)
     return [found[row] for row in sorted(found)]
 
-# %% ../../nbs/ops/01_account.ipynb #e91f0cb8
-MARGIN_MS = 5_000  # by which an exchange's times may differ from those of our snapshots
-
-
+# %% ../../nbs/ops/01_account.ipynb #64e92167
 def exchange_lists(
     config: Config,  # of the account
     start_ms: int,  # first time wanted, UTC ms
@@ -104,7 +109,7 @@ def exchange_lists(
     ):
         return fills_since(connection, start_ms), ledger_since(connection, start_ms)
 
-
+# %% ../../nbs/ops/01_account.ipynb #9275d799
 def was_watched(
     config: Config,  # of the account
     start_ms: int,  # UTC ms
@@ -114,7 +119,10 @@ def was_watched(
     with open_state(config.live.state_url, base, must_exist=True) as state, state.read() as connection:
         return any(beat.process == "guard" and beat.time_ms >= start_ms for beat in heartbeats(connection))
 
-# %% ../../nbs/ops/01_account.ipynb #20f5761e
+# %% ../../nbs/ops/01_account.ipynb #309b5628
+MARGIN_MS = 5_000  # by which an exchange's times may differ from those of our snapshots
+
+
 def read_account(
     root: Path,  # folder of all runs
     config: Config,  # of the account

@@ -21,7 +21,7 @@ from ..files import make_folder, replacing, sha256_file, write_atomically
 __all__ = ['ATTEMPTS', 'NAMED', 'Original', 'sqlite_path', 'originals', 'row_counts', 'read_only', 'check_copy', 'Copy',
            'digest_path', 'back_up', 'copies_in', 'drop_old']
 
-# %% ../../nbs/ops/28_backup.ipynb #e9ab1106
+# %% ../../nbs/ops/28_backup.ipynb #7e68c57a
 @dataclass(frozen=True)
 class Original:
     "A database that is copied."
@@ -30,7 +30,7 @@ class Original:
     path: Path
     key: str  # the config key that names it
 
-
+# %% ../../nbs/ops/28_backup.ipynb #6b8ce30e
 def sqlite_path(
     url: str,  # of a database
     project: Path,  # where relative paths start
@@ -45,7 +45,7 @@ def sqlite_path(
                          "and `pg_restore` to bring it back; this command copies SQLite files")
     return (project / str(parsed.database)).resolve()
 
-
+# %% ../../nbs/ops/28_backup.ipynb #e9ab1106
 def originals(
     config: Config,  # of the account
     project: Path,  # where relative paths start
@@ -60,9 +60,6 @@ def originals(
     return [state, paper] if paper.path.is_file() else [state]
 
 # %% ../../nbs/ops/28_backup.ipynb #053a5b74
-ATTEMPTS = 3  # at a copy during which nobody writes
-
-
 def row_counts(
     connection: sqlite3.Connection,
 ) -> dict[str, int]:  # by table
@@ -70,14 +67,14 @@ def row_counts(
     names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name")
     return {name: connection.execute(f'SELECT COUNT(*) FROM "{name}"').fetchone()[0] for (name,) in names.fetchall()}
 
-
+# %% ../../nbs/ops/28_backup.ipynb #523a1353
 def read_only(
     path: Path,
 ) -> sqlite3.Connection:
     "A connection that cannot write."
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30)
 
-
+# %% ../../nbs/ops/28_backup.ipynb #85d4c6db
 def check_copy(
     path: Path,
 ) -> dict[str, int]:  # rows by table
@@ -91,6 +88,17 @@ def check_copy(
         found = [str(error)]
     raise IntegrityError(f"{path}: is damaged ({'; '.join(found)}): it is no backup; take another one")
 
+# %% ../../nbs/ops/28_backup.ipynb #9314b297
+def _require_rows(copy: Path, rows: Mapping[str, int], before: Mapping[str, int], after: Mapping[str, int]) -> None:
+    "Raise `IntegrityError` for a copy whose tables have other numbers of rows than its original."
+    for table in {**rows, **before}:
+        count, (least, most) = rows.get(table, 0), sorted((before.get(table, 0), after.get(table, 0)))
+        if not least <= count <= most:
+            raise IntegrityError(f"{copy}: table {table} has {count} rows, the original has {least} to {most}: it is no backup")
+
+# %% ../../nbs/ops/28_backup.ipynb #0a45f058
+ATTEMPTS = 3  # at a copy during which nobody writes
+
 
 def _vacuum_into(original: Path, copy: Path) -> dict[str, int]:
     "Write a checked copy; raises `IntegrityError`, `sqlite3.Error`."
@@ -103,13 +111,10 @@ def _vacuum_into(original: Path, copy: Path) -> dict[str, int]:
             rows = check_copy(copy)
             if calm or attempt == ATTEMPTS:
                 break
-    for table, count in rows.items():
-        least, most = sorted((before.get(table, 0), after.get(table, 0)))
-        if not least <= count <= most:
-            raise IntegrityError(f"{copy}: table {table} has {count} rows, the original has {least} to {most}: it is no backup")
+    _require_rows(copy, rows, before, after)
     return rows
 
-# %% ../../nbs/ops/28_backup.ipynb #523a1353
+# %% ../../nbs/ops/28_backup.ipynb #fbfa00e7
 @dataclass(frozen=True)
 class Copy:
     "A backup that was checked."
@@ -120,14 +125,14 @@ class Copy:
     size_bytes: int
     rows: Mapping[str, int]  # by table
 
-
+# %% ../../nbs/ops/28_backup.ipynb #2f801b97
 def digest_path(
     copy: Path,
 ) -> Path:  # as `sha256sum --check` reads it
     "Where the digest of a copy is kept."
     return copy.with_name(f"{copy.name}.sha256")
 
-
+# %% ../../nbs/ops/28_backup.ipynb #a9435083
 def back_up(
     original: Original,
     folder: Path,  # made where missing
@@ -156,10 +161,11 @@ def copies_in(
     kind: str,  # state or paper
 ) -> list[Path]:  # the oldest first
     "The backups of a kind."
-    names = (path for path in folder.iterdir() if (found := NAMED.fullmatch(path.name)) and found[1] == kind)
-    return sorted(names) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if (found := NAMED.fullmatch(path.name)) and found[1] == kind)
 
-
+# %% ../../nbs/ops/28_backup.ipynb #6485bf66
 def drop_old(
     folder: Path,
     kind: str,  # state or paper

@@ -27,24 +27,34 @@ def _amounts(
     return inside.groupby("kind")["amount"].sum().reindex(["trade", "fee", "funding", "transfer"], fill_value=0.0)
 
 # %% ../../nbs/ops/22_breakdown.ipynb #e66c649b
+def _day_row(
+    records: Records,
+    first: int,  # number of the reading at which it begins
+    last: int,  # number of that at which it ends
+    cycles: int,  # completed on it
+) -> dict[str, float]:
+    "What a day brought."
+    times_ms, worth = times_of(records.equity), records.equity.to_numpy()
+    start_ms, end_ms = int(times_ms[first]), int(times_ms[last])
+    got = _amounts(records, start_ms, end_ms)
+    pnl = float(worth[last] - worth[first]) - got["transfer"]
+    closed = records.trades[(records.trades["exit_ms"] > start_ms) & (records.trades["exit_ms"] <= end_ms)]
+    return {
+        "cycles": cycles, "equity": worth[last] if cycles else np.nan, "pnl": pnl,
+        "returns": pnl / worth[first] if worth[first] > 0 else 0.0,
+        "price": pnl - got["fee"] - got["funding"], "fees": got["fee"], "funding": got["funding"], "paid_in": got["transfer"],
+        "trades": len(closed), "won": int((closed["pnl"] > 0).sum())}
+
+# %% ../../nbs/ops/22_breakdown.ipynb #12b2d67c
 def by_day(
     records: Records,
 ) -> pd.DataFrame:  # a row a UTC day: cycles, equity, pnl, returns, price, fees, funding, paid_in, trades, won
     "The result of each day; a day without a cycle has nothing but a zero of cycles."
-    times_ms = times_of(records.equity)
-    worth, rows = records.equity.to_numpy(), {}
+    times_ms, rows = times_of(records.equity), {}
     for midnight in range(records.start_ms, records.end_ms, DAY_MS) if times_ms.size else ():
         first, last = (reading_at(times_ms, moment, records.step_ms) for moment in (midnight, midnight + DAY_MS))
-        start_ms, end_ms = int(times_ms[first]), int(times_ms[last])
-        got, gain = _amounts(records, start_ms, end_ms), float(worth[last] - worth[first])
-        pnl = gain - got["transfer"]
-        closed = records.trades[(records.trades["exit_ms"] > start_ms) & (records.trades["exit_ms"] <= end_ms)]
         cycles = int(((times_ms >= midnight) & (times_ms < min(midnight + DAY_MS, records.end_ms))).sum())
-        rows[pd.Timestamp(midnight, unit="ms", tz="UTC")] = {
-            "cycles": cycles, "equity": worth[last] if cycles else np.nan, "pnl": pnl,
-            "returns": pnl / worth[first] if worth[first] > 0 else 0.0,
-            "price": pnl - got["fee"] - got["funding"], "fees": got["fee"], "funding": got["funding"], "paid_in": got["transfer"],
-            "trades": len(closed), "won": int((closed["pnl"] > 0).sum())}
+        rows[pd.Timestamp(midnight, unit="ms", tz="UTC")] = _day_row(records, first, last, cycles)
     names = ["cycles", "equity", "pnl", "returns", "price", "fees", "funding", "paid_in", "trades", "won"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis("day")
 
@@ -62,7 +72,7 @@ def by_part(
     return pd.Series({"price, realised": realised, "price, not yet realised": result - realised - fees - funding,
                       "fees": fees, "funding": funding, "result": result})
 
-
+# %% ../../nbs/ops/22_breakdown.ipynb #c534629c
 def by_cause(
     records: Records,
 ) -> pd.DataFrame:  # a row a cause, the largest loss first: trades, won, pnl
@@ -72,6 +82,15 @@ def by_cause(
     return table.sort_values("pnl", kind="stable").rename_axis("cause")
 
 # %% ../../nbs/ops/22_breakdown.ipynb #f8c4423e
+def _wallet_by_symbol(
+    records: Records,
+) -> pd.DataFrame:  # a row a symbol: price, fees, funding
+    "What the wallet booked for each symbol."
+    ledger = records.ledger[records.ledger["kind"] != "transfer"]
+    table = ledger.pivot_table(index="symbol", columns="kind", values="amount", aggfunc="sum", fill_value=0.0)
+    return table.reindex(columns=["trade", "fee", "funding"], fill_value=0.0).set_axis(["price", "fees", "funding"], axis=1)
+
+# %% ../../nbs/ops/22_breakdown.ipynb #b008d89c
 OPEN = "not yet realised"
 
 
@@ -82,10 +101,7 @@ def by_symbol(
     parts = by_part(records)
     if parts.empty:
         return pd.DataFrame(columns=["trades", "won", "price", "fees", "funding", "pnl"]).rename_axis("symbol")
-    ledger = records.ledger[records.ledger["kind"] != "transfer"]
-    table = ledger.pivot_table(index="symbol", columns="kind", values="amount", aggfunc="sum", fill_value=0.0)
-    table = table.reindex(columns=["trade", "fee", "funding"], fill_value=0.0).set_axis(["price", "fees", "funding"], axis=1)
-    groups = records.trades.groupby("symbol")["pnl"]
+    table, groups = _wallet_by_symbol(records), records.trades.groupby("symbol")["pnl"]
     table.insert(0, "trades", groups.size().reindex(table.index, fill_value=0))
     table.insert(1, "won", groups.agg(lambda pnl: int((pnl > 0).sum())).reindex(table.index, fill_value=0))
     table["pnl"] = table[["price", "fees", "funding"]].sum(axis=1)
@@ -95,14 +111,11 @@ def by_symbol(
     return table.astype({"trades": int, "won": int}).rename_axis("symbol")
 
 # %% ../../nbs/ops/22_breakdown.ipynb #61e52e50
-def exposure(
-    records: Records,
-) -> pd.DataFrame:  # a row a reading, by time (UTC): long, short, gross, net as shares of the equity, positions
-    "What was held at each reading."
-    times_ms, fills = times_of(records.equity), records.fills
-    columns = ["long", "short", "gross", "net", "positions"]
-    if fills.empty:
-        return pd.DataFrame(0.0, index=records.equity.index, columns=columns)
+def _held_values(
+    fills: pd.DataFrame,  # at least one
+    times_ms: np.ndarray,  # UTC ms, shape (T,)
+) -> np.ndarray:  # quote currency, below 0 = short, shape (T, symbols)
+    "What each position was worth at some moments, at the last price at which its symbol was traded."
     signed = fills["quantity"] * np.where(fills["side"] == "Buy", 1.0, -1.0)
     held = pd.DataFrame({"time_ms": fills["time_ms"], "symbol": fills["symbol"], "price": fills["price"],
                          "quantity": signed.groupby(fills["symbol"]).cumsum()})
@@ -110,9 +123,18 @@ def exposure(
     place = np.searchsorted(last.index.to_numpy(), times_ms, side="right") - 1
     value = np.nan_to_num(last["quantity"].to_numpy() * last["price"].to_numpy())
     value[np.abs(np.nan_to_num(last["quantity"].to_numpy())) < 1e-9] = 0.0  # sums of floats that should be zero
-    value = np.where((place >= 0)[:, None], value[np.maximum(place, 0)], 0.0)
-    worth = np.where(records.equity.to_numpy() > 0, records.equity.to_numpy(), np.nan)[:, None]
-    shares = value / worth
+    return np.where((place >= 0)[:, None], value[np.maximum(place, 0)], 0.0)
+
+# %% ../../nbs/ops/22_breakdown.ipynb #e266dc79
+def exposure(
+    records: Records,
+) -> pd.DataFrame:  # a row a reading, by time (UTC): long, short, gross, net as shares of the equity, positions
+    "What was held at each reading."
+    columns = ["long", "short", "gross", "net", "positions"]
+    if records.fills.empty:
+        return pd.DataFrame(0.0, index=records.equity.index, columns=columns)
+    value = _held_values(records.fills, times_of(records.equity))
+    shares = value / np.where(records.equity.to_numpy() > 0, records.equity.to_numpy(), np.nan)[:, None]
     long, short = shares.clip(min=0).sum(axis=1), shares.clip(max=0).sum(axis=1)
     parts = [long, short, long - short, long + short, (value != 0).sum(axis=1)]
     return pd.DataFrame(dict(zip(columns, parts, strict=True)), index=records.equity.index)

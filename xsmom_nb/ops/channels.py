@@ -26,7 +26,7 @@ __all__ = ['Verdict', 'LARGEST_PLOT', 'LONGEST_WAIT', 'Answer', 'unsaid', 'is_di
 # %% ../../nbs/ops/10b_channels.ipynb #f533afeb
 Verdict = Literal["sent", "limited", "failed", "refused", "broken"]
 
-
+# %% ../../nbs/ops/10b_channels.ipynb #d2510279
 @dataclass(frozen=True)
 class Answer:
     "What came of one attempt."
@@ -69,6 +69,14 @@ def is_discord(
 LARGEST_PLOT = 8 * 1024 * 1024  # bytes
 
 
+def _is_picture(path: Path) -> bool:
+    "Whether a file is a PNG that is not too large."
+    if not path.is_file() or path.stat().st_size > LARGEST_PLOT:
+        return False
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+# %% ../../nbs/ops/10b_channels.ipynb #e6030d87
 def plot_of(
     event: Event,
     runs: Path,  # folder of all runs
@@ -79,13 +87,11 @@ def plot_of(
         return None
     for folder in runs.glob(f"*/{run_id}"):
         path = (folder / name).resolve()
-        if path.is_relative_to(folder.resolve()) and path.is_file() and path.stat().st_size <= LARGEST_PLOT:
-            with path.open("rb") as file:
-                return path if file.read(8) == b"\x89PNG\r\n\x1a\n" else None
+        if path.is_relative_to(folder.resolve()) and _is_picture(path):
+            return path
     return None
 
 # %% ../../nbs/ops/10b_channels.ipynb #5b913361
-_ADDRESS_CODES = frozenset({10003, 10015, 50027, 220001, 220002, 220003, 220004})  # channel or webhook gone, token, forum threads
 LONGEST_WAIT = 3600.0  # seconds; whoever says more has made a mistake
 
 
@@ -97,6 +103,16 @@ def _seconds(*texts: Any) -> float | None:  # of several places, the first that 
         except (TypeError, ValueError):
             continue
     return None
+
+# %% ../../nbs/ops/10b_channels.ipynb #6d3761cb
+def _limited(reason: str, headers: Mapping[str, str], said: Mapping[str, Any]) -> Answer:
+    "What a 429 means."
+    wait = _seconds(said.get("retry_after"), headers.get("Retry-After"), headers.get("X-RateLimit-Reset-After"))
+    everywhere = said.get("global") is True or headers.get("X-RateLimit-Global", "").lower() == "true"
+    return Answer("limited", reason, wait, everywhere=everywhere)
+
+# %% ../../nbs/ops/10b_channels.ipynb #0744f209
+_ADDRESS_CODES = frozenset({10003, 10015, 50027, 220001, 220002, 220003, 220004})  # channel or webhook gone, token, forum threads
 
 
 def judged(
@@ -110,16 +126,14 @@ def judged(
         spent = headers.get("X-RateLimit-Remaining") == "0"
         return Answer("sent", wait_seconds=_seconds(headers.get("X-RateLimit-Reset-After")) if spent else None)
     if status == 429:
-        wait = _seconds(said.get("retry_after"), headers.get("Retry-After"), headers.get("X-RateLimit-Reset-After"))
-        everywhere = said.get("global") is True or headers.get("X-RateLimit-Global", "").lower() == "true"
-        return Answer("limited", reason, wait, everywhere=everywhere)
+        return _limited(reason, headers, said)
     if status in (408, 425) or status >= 500:
         return Answer("failed", reason, _seconds(headers.get("Retry-After")), in_doubt=status in (408, 502, 504))
     if status in (400, 413, 415, 422) and said.get("code") not in _ADDRESS_CODES:
         return Answer("refused", reason)
     return Answer("broken", reason)
 
-# %% ../../nbs/ops/10b_channels.ipynb #3e56db22
+# %% ../../nbs/ops/10b_channels.ipynb #ebb5b4c8
 def _form(body: dict[str, Any], plot: Path | None) -> dict[str, Any]:  # keyword arguments of a request
     "A body of a request, with its picture where there is one."
     from aiohttp import FormData
@@ -132,7 +146,7 @@ def _form(body: dict[str, Any], plot: Path | None) -> dict[str, Any]:  # keyword
     form.add_field("files[0]", plot.read_bytes(), filename=plot.name, content_type="image/png")
     return {"data": form}
 
-
+# %% ../../nbs/ops/10b_channels.ipynb #30b950ee
 async def _read(response: ClientResponse) -> dict[str, Any]:
     "The body of an answer, if it is a short object of JSON."
     import json
@@ -143,12 +157,24 @@ async def _read(response: ClientResponse) -> dict[str, Any]:
         return {}
     return content if isinstance(content, dict) else {}
 
-
+# %% ../../nbs/ops/10b_channels.ipynb #c73f9908
 def unanswered(seconds: float) -> Answer:
     "What is known when nobody answers."
     return Answer("failed", f"no answer within {seconds:g} s", in_doubt=True)
 
+# %% ../../nbs/ops/10b_channels.ipynb #406d873e
+def _broken_line(error: Exception, url: str, timeout_seconds: float) -> Answer:
+    "What an error of aiohttp means."
+    import aiohttp
 
+    if isinstance(error, aiohttp.InvalidURL):
+        return Answer("broken", "the address is not a URL")
+    reason = unsaid(f"{type(error).__name__}: {error}", url)
+    if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
+        return Answer("failed", reason)
+    return unanswered(timeout_seconds) if isinstance(error, TimeoutError) else Answer("failed", reason, in_doubt=True)
+
+# %% ../../nbs/ops/10b_channels.ipynb #3e56db22
 async def post_discord(
     session: ClientSession,
     url: str,  # of the webhook
@@ -165,14 +191,8 @@ async def post_discord(
         form = _form(payload(message, plot.name if plot else ""), plot)
         async with session.post(address, timeout=limit, allow_redirects=False, **form) as response:
             answer = judged(response.status, response.headers, await _read(response))
-    except aiohttp.InvalidURL:
-        return Answer("broken", "the address is not a URL")
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-        return Answer("failed", unsaid(f"{type(error).__name__}: {error}", url))
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        if isinstance(error, TimeoutError):
-            return unanswered(timeout_seconds)
-        return Answer("failed", unsaid(f"{type(error).__name__}: {error}", url), in_doubt=True)
+        return _broken_line(error, url, timeout_seconds)
     return Answer(answer.verdict, unsaid(answer.reason, url), answer.wait_seconds, answer.in_doubt, answer.everywhere)
 
 # %% ../../nbs/ops/10b_channels.ipynb #6e1e7e3e
@@ -184,7 +204,7 @@ def _apprise_verdict(reason: str) -> Verdict:
         return "limited"
     return "broken" if status in (401, 403, 404, 410) else "refused" if status in (400, 413, 415, 422) else "failed"
 
-
+# %% ../../nbs/ops/10b_channels.ipynb #231ee899
 def _tell_apprise(url: str, message: Message, plot: Path | None, timeout_seconds: float) -> Answer:
     "Try once over Apprise, in this thread."
     import apprise
@@ -202,7 +222,7 @@ def _tell_apprise(url: str, message: Message, plot: Path | None, timeout_seconds
     reason = "; ".join(entry.message for entry in result.logs()) or "Apprise does not say why"
     return Answer(_apprise_verdict(reason), unsaid(reason, url))
 
-
+# %% ../../nbs/ops/10b_channels.ipynb #e041bfaf
 async def tell_apprise(
     url: str,  # as Apprise writes addresses
     message: Message,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # %% auto #0
-__all__ = ['CHUNK', 'CURSOR', 'Ending', 'LIMITED_SECONDS', 'read_events', 'assign', 'waiting', 'last_told', 'spent', 'batches',
+__all__ = ['CHUNK', 'CURSOR', 'LIMITED_SECONDS', 'Ending', 'read_events', 'assign', 'waiting', 'last_told', 'spent', 'batches',
            'compose', 'Pending', 'pending', 'RouteState', 'route_state', 'keep_route', 'route_after', 'note_route',
            'begin_sending', 'conclude', 'finish', 'recover', 'forget', 'Standing', 'standing']
 
@@ -37,7 +37,7 @@ def _cursor(connection: Connection) -> int:
     "The last event that was handed out."
     return int((load_memory(connection, CURSOR) or {}).get("assigned", 0))
 
-
+# %% ../../nbs/ops/10d_deliveries.ipynb #7ea93121
 def read_events(
     connection: Connection,
     condition: str,  # SQL over `e`, the events
@@ -50,7 +50,7 @@ def read_events(
     return [Event(event_id, time_ms, level, kind, symbol, text, json.loads(data), delivered_ms) for
             event_id, time_ms, level, kind, symbol, text, data, delivered_ms in connection.execute(sql(query), values).all()]
 
-
+# %% ../../nbs/ops/10d_deliveries.ipynb #be55ffd1
 def assign(
     state: State,
     rules: Notify,  # with the routes
@@ -80,7 +80,7 @@ def waiting(
     condition = "JOIN deliveries d ON d.event_id = e.event_id WHERE d.route = :route AND d.message_id IS NULL"
     return read_events(connection, condition, {"route": route})
 
-
+# %% ../../nbs/ops/10d_deliveries.ipynb #89598630
 def last_told(
     connection: Connection,
     route: str,
@@ -93,7 +93,7 @@ def last_told(
     found = connection.execute(sql(query), {"route": route, "since": since_ms}).all()
     return {(level, kind, symbol): time_ms for level, kind, symbol, time_ms in found}
 
-
+# %% ../../nbs/ops/10d_deliveries.ipynb #c95efdf8
 def spent(
     connection: Connection,
     route: str,
@@ -110,7 +110,17 @@ def batches(values: Iterable[Any]) -> Iterable[list[Any]]:
     while chunk := list(itertools.islice(rest, CHUNK)):
         yield chunk
 
+# %% ../../nbs/ops/10d_deliveries.ipynb #e009c123
+def _make_message(connection: Connection, route: str, form: Form, worst: Event, now_ms: int) -> int:
+    "Write the head of a message that waits, and give it the next id."
+    statement = ("INSERT INTO messages (message_id, route, kind, symbol, level, form, status, created_ms, updated_ms) "
+                 "VALUES ((SELECT COALESCE(MAX(message_id), 0) + 1 FROM messages), :route, :kind, :symbol, :level, :form, "
+                 "'waiting', :now_ms, :now_ms) RETURNING message_id")
+    kind, symbol = ("", "") if form == "digest" else (worst.kind, worst.symbol)
+    values = {"route": route, "kind": kind, "symbol": symbol, "level": worst.level, "form": form, "now_ms": now_ms}
+    return int(connection.execute(sql(statement), values).scalar_one())
 
+# %% ../../nbs/ops/10d_deliveries.ipynb #f4c73bdd
 def compose(
     state: State,
     route: str,
@@ -122,19 +132,14 @@ def compose(
     worst = Message(0, form, tuple(events)).worst
     bind = sql("UPDATE deliveries SET message_id = :message_id "
                "WHERE route = :route AND event_id = :event_id AND message_id IS NULL")
-    make = ("INSERT INTO messages (message_id, route, kind, symbol, level, form, status, created_ms, updated_ms) "
-            "VALUES ((SELECT COALESCE(MAX(message_id), 0) + 1 FROM messages), :route, :kind, :symbol, :level, :form, "
-            "'waiting', :now_ms, :now_ms) RETURNING message_id")
-    head = {"route": route, "kind": "" if form == "digest" else worst.kind, "symbol": "" if form == "digest" else worst.symbol,
-            "level": worst.level, "form": form, "now_ms": now_ms}
     message_id = 0
     for chunk in batches(events):
         with state.write() as connection:
-            message_id = message_id or int(connection.execute(sql(make), head).scalar_one())
+            message_id = message_id or _make_message(connection, route, form, worst, now_ms)
             connection.execute(bind, [{"message_id": message_id, "route": route, "event_id": each.event_id} for each in chunk])
     return message_id
 
-# %% ../../nbs/ops/10d_deliveries.ipynb #c460d529
+# %% ../../nbs/ops/10d_deliveries.ipynb #bc28df0a
 @dataclass(frozen=True)
 class Pending:
     "A message that has not ended."
@@ -154,7 +159,7 @@ class Pending:
         is_plain = self.refusals > 0 or self.attempts >= 5
         return Message(self.message_id, self.form, self.events, sender, self.in_doubt, is_plain)
 
-
+# %% ../../nbs/ops/10d_deliveries.ipynb #d3717b53
 def pending(
     connection: Connection,
     route: str,
@@ -180,7 +185,7 @@ class RouteState:
     broken_ms: int | None = None  # since when its address is wrong, UTC ms; None: it is not
     last_error: str = ""
 
-
+# %% ../../nbs/ops/10d_deliveries.ipynb #eca085ea
 def route_state(
     connection: Connection,
     route: str,
@@ -190,7 +195,7 @@ def route_state(
     row = connection.execute(sql(query), {"route": route}).first()
     return RouteState(route) if row is None else RouteState(*row)
 
-
+# %% ../../nbs/ops/10d_deliveries.ipynb #4b6b6eaf
 def keep_route(
     connection: Connection,  # inside a writing transaction
     route: RouteState,
@@ -201,8 +206,7 @@ def keep_route(
                  "failures = excluded.failures, broken_ms = excluded.broken_ms, last_error = excluded.last_error")
     connection.execute(sql(statement), vars(route))
 
-# %% ../../nbs/ops/10d_deliveries.ipynb #4b6b6eaf
-Ending = Literal["waiting", "sent", "given_up"]
+# %% ../../nbs/ops/10d_deliveries.ipynb #a98ab511
 LIMITED_SECONDS = 5.0  # pause where a service limits us and does not say how long
 
 
@@ -247,7 +251,7 @@ def _tell_route(connection: Connection, before: RouteState, after: RouteState, n
         text = f"route {after.route} of notify.routes works again; it was broken since {format_utc(before.broken_ms)}"
         emit(connection, now_ms, "INFO", "route_mended", text, data={**data, "outcome": "good"})
 
-
+# %% ../../nbs/ops/10d_deliveries.ipynb #8d7fccf0
 def note_route(
     connection: Connection,  # inside a writing transaction
     route: str,
@@ -262,7 +266,7 @@ def note_route(
     keep_route(connection, after)
     _tell_route(connection, before, after, now_ms)
 
-# %% ../../nbs/ops/10d_deliveries.ipynb #ac6c8b88
+# %% ../../nbs/ops/10d_deliveries.ipynb #cb6a2848
 def begin_sending(
     state: State,
     message_id: int,
@@ -273,7 +277,26 @@ def begin_sending(
         connection.execute(sql("UPDATE messages SET status = 'sending', attempts = attempts + 1, updated_ms = :now_ms "
                                "WHERE message_id = :message_id"), {"message_id": message_id, "now_ms": now_ms})
 
+# %% ../../nbs/ops/10d_deliveries.ipynb #063eafb1
+Ending = Literal["waiting", "sent", "given_up"]
 
+
+def _ending(answer: Answer, refusals: int, rules: Notify) -> Ending:  # refusals: that one included
+    "How a message ends with an answer, if it does."
+    if answer.verdict == "sent":
+        return "sent"
+    return "given_up" if refusals >= rules.give_up_after else "waiting"
+
+# %% ../../nbs/ops/10d_deliveries.ipynb #eb2a9054
+def _tell_given_up(connection: Connection, sent: Pending, route: str, refusals: int, reason: str, now_ms: int) -> None:
+    "Tell that a message was given up; not of one that told of such things itself."
+    if all(event.kind in _ABOUT_US for event in sent.events):
+        return
+    text = (f"message {sent.message_id} for {route} about {sent.events[-1].kind} was refused {refusals} times and is "
+            f"given up ({reason}); what it would have said: `xsmom notify list`")
+    emit(connection, now_ms, "ERROR", "message_given_up", text, data={"route": route, "events": len(sent.events)})
+
+# %% ../../nbs/ops/10d_deliveries.ipynb #85bc42ba
 def conclude(
     state: State,
     route: str,
@@ -285,17 +308,15 @@ def conclude(
 ) -> Ending:
     "Note what came of an attempt."
     refusals = sent.refusals + (answer.verdict == "refused")
-    ending: Ending = "sent" if answer.verdict == "sent" else "given_up" if refusals >= rules.give_up_after else "waiting"
+    ending = _ending(answer, refusals, rules)
     values = {"message_id": sent.message_id, "status": ending, "in_doubt": int(sent.in_doubt or answer.in_doubt),
               "refusals": refusals, "last_error": answer.reason, "now_ms": now_ms}
     with state.write() as connection:
         connection.execute(sql("UPDATE messages SET status = :status, in_doubt = :in_doubt, refusals = :refusals, "
                                "last_error = :last_error, updated_ms = :now_ms WHERE message_id = :message_id"), values)
         note_route(connection, route, answer, now_ms, draw, rules)
-        if ending == "given_up" and not all(event.kind in _ABOUT_US for event in sent.events):
-            text = (f"message {sent.message_id} for {route} about {sent.events[-1].kind} was refused {refusals} times and is "
-                    f"given up ({answer.reason}); what it would have said: `xsmom notify list`")
-            emit(connection, now_ms, "ERROR", "message_given_up", text, data={"route": route, "events": len(sent.events)})
+        if ending == "given_up":
+            _tell_given_up(connection, sent, route, refusals, answer.reason, now_ms)
     return ending
 
 # %% ../../nbs/ops/10d_deliveries.ipynb #0ad92a00
@@ -339,7 +360,7 @@ def _retire(state: State, rules: Notify, now_ms: int) -> None:
             connection.execute(end, {"route": route, "why": _GONE, "now_ms": now_ms})
             connection.execute(sql("DELETE FROM routes WHERE route = :route"), {"route": route})
 
-
+# %% ../../nbs/ops/10d_deliveries.ipynb #bb14d81b
 def recover(
     state: State,
     rules: Notify,  # with the routes
@@ -355,6 +376,24 @@ def recover(
     return int(doubtful)
 
 # %% ../../nbs/ops/10d_deliveries.ipynb #9fed256c
+def _bound_events(connection: Connection, message_id: int) -> list[int]:  # ids
+    "The events of a message that everybody was told of."
+    query = ("JOIN deliveries d ON d.event_id = e.event_id WHERE d.message_id = :message_id "
+             "AND e.delivered_ms IS NOT NULL")
+    return [event.event_id for event in read_events(connection, query, {"message_id": message_id})]
+
+# %% ../../nbs/ops/10d_deliveries.ipynb #d7a6b095
+def _forget_message(state: State, message_id: int, event_ids: Sequence[int]) -> None:
+    "Delete who was told of these events by a message, and the message once nothing belongs to it."
+    for chunk in batches(event_ids):
+        with state.write() as connection:
+            connection.execute(sql("DELETE FROM deliveries WHERE event_id = :event_id AND message_id = :message_id"),
+                               [{"event_id": each, "message_id": message_id} for each in chunk])
+    with state.write() as connection:
+        connection.execute(sql("DELETE FROM messages WHERE message_id = :message_id AND NOT EXISTS "
+                               "(SELECT 1 FROM deliveries d WHERE d.message_id = :message_id)"), {"message_id": message_id})
+
+# %% ../../nbs/ops/10d_deliveries.ipynb #4728070c
 def forget(
     state: State,
     rules: Notify,
@@ -364,17 +403,9 @@ def forget(
     query = "SELECT message_id FROM messages WHERE status IN ('sent', 'given_up') AND updated_ms < :before ORDER BY message_id"
     with state.read() as connection:
         old = list(connection.execute(sql(query), {"before": now_ms - rules.keep_days * DAY_MS}).scalars())
-        bound = {each: [event.event_id for event in read_events(
-            connection, "JOIN deliveries d ON d.event_id = e.event_id WHERE d.message_id = :each AND e.delivered_ms IS NOT NULL",
-            {"each": each})] for each in old}
+        bound = {each: _bound_events(connection, each) for each in old}
     for message_id, event_ids in bound.items():
-        for chunk in batches(event_ids):
-            with state.write() as connection:
-                connection.execute(sql("DELETE FROM deliveries WHERE event_id = :event_id AND message_id = :message_id"),
-                                   [{"event_id": each, "message_id": message_id} for each in chunk])
-        with state.write() as connection:
-            connection.execute(sql("DELETE FROM messages WHERE message_id = :message_id AND NOT EXISTS "
-                                   "(SELECT 1 FROM deliveries d WHERE d.message_id = :message_id)"), {"message_id": message_id})
+        _forget_message(state, message_id, event_ids)
     return len(old)
 
 # %% ../../nbs/ops/10d_deliveries.ipynb #850d806d
@@ -388,23 +419,32 @@ class Standing:
     routes: tuple[RouteState, ...]  # that have something to remember
     messages: tuple[dict[str, Any], ...]  # under way, in doubt or given up, the oldest first
 
+# %% ../../nbs/ops/10d_deliveries.ipynb #c0f07916
+def _waiting_by_route(connection: Connection) -> list[tuple[str, int, int]]:  # route, events, time of the oldest (UTC ms)
+    "What each route still has to tell."
+    query = ("SELECT d.route, COUNT(*), MIN(e.time_ms) FROM deliveries d JOIN events e ON e.event_id = d.event_id "
+             "LEFT JOIN messages m ON m.message_id = d.message_id "
+             "WHERE COALESCE(m.status, 'waiting') IN ('waiting', 'sending') GROUP BY d.route ORDER BY d.route")
+    return [(route, count, time_ms) for route, count, time_ms in connection.execute(sql(query)).all()]
 
+# %% ../../nbs/ops/10d_deliveries.ipynb #7572d2a7
+def _unsent(connection: Connection) -> list[dict[str, Any]]:
+    "The messages that are under way, in doubt or given up, the oldest first."
+    query = ("SELECT m.message_id, m.route, m.level, m.kind, m.symbol, m.form, m.status, m.in_doubt, m.attempts, m.last_error, "
+             "m.updated_ms, COUNT(d.event_id) AS events, MIN(d.event_id) AS first_event FROM messages m LEFT JOIN deliveries d "
+             "ON d.message_id = m.message_id WHERE m.status <> 'sent' GROUP BY m.message_id ORDER BY m.message_id")
+    return [dict(row) for row in connection.execute(sql(query)).mappings()]
+
+# %% ../../nbs/ops/10d_deliveries.ipynb #865ee8eb
 def standing(
     state: State,
 ) -> Standing:
     "Read how the queue stands."
-    counted = ("SELECT d.route, COUNT(*), MIN(e.time_ms) FROM deliveries d JOIN events e ON e.event_id = d.event_id "
-               "LEFT JOIN messages m ON m.message_id = d.message_id "
-               "WHERE COALESCE(m.status, 'waiting') IN ('waiting', 'sending') GROUP BY d.route ORDER BY d.route")
-    listed = ("SELECT m.message_id, m.route, m.level, m.kind, m.symbol, m.form, m.status, m.in_doubt, m.attempts, m.last_error, "
-              "m.updated_ms, COUNT(d.event_id) AS events, MIN(d.event_id) AS first_event FROM messages m LEFT JOIN deliveries d "
-              "ON d.message_id = m.message_id WHERE m.status <> 'sent' GROUP BY m.message_id ORDER BY m.message_id")
     with state.read() as connection:
         query = "SELECT COUNT(*) FROM events WHERE delivered_ms IS NULL AND event_id > :last"
         unassigned = int(connection.execute(sql(query), {"last": _cursor(connection)}).scalar() or 0)
-        counts = [tuple(row) for row in connection.execute(sql(counted)).all()]
+        counts, messages = _waiting_by_route(connection), _unsent(connection)
         routes = [RouteState(*row) for row in connection.execute(
             sql("SELECT route, next_ms, failures, broken_ms, last_error FROM routes ORDER BY route")).all()]
-        messages = [dict(row) for row in connection.execute(sql(listed)).mappings()]
     return Standing(unassigned, {route: count for route, count, _ in counts}, {route: time_ms for route, _, time_ms in counts},
                     tuple(routes), tuple(messages))

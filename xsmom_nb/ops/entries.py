@@ -23,7 +23,7 @@ from ..errors import ConfigError, XsmomError, nearest_name
 
 # %% auto #0
 __all__ = ['WEEKDAYS', 'Cron', 'parse_cron', 'parse_interval', 'Entry', 'Service', 'Schedule', 'faults', 'parse_schedule',
-           'load_schedule', 'next_slot_ms', 'newest_slot_ms', 'trouble_of', 'refused_entries', 'in_order']
+           'load_schedule', 'next_slot_ms', 'newest_slot_ms', 'trouble_of', 'in_order', 'refused_entries']
 
 # %% ../../nbs/ops/30_entries.ipynb #1044e92d
 _FIELDS = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "weekday": (0, 7)}
@@ -33,26 +33,31 @@ _NAMES = {
     "weekday": {name: number for number, name in enumerate(WEEKDAYS)},
 }
 
-
+# %% ../../nbs/ops/30_entries.ipynb #356f5e61
 def _numbers(
     text: str,  # one part of a field, between commas: "5", "1-5", "*/15", "mon-fri"
     field: str,  # its name
 ) -> list[int]:
     "The numbers that one part of a cron field means; raises `ValueError` saying what was expected."
     low, high = _FIELDS[field]
-    span, _, step = text.partition("/")
+    span, slash, step = text.partition("/")
     first, dash, last = span.partition("-")
     ends = [_NAMES.get(field, {}).get(end.lower(), end) for end in ((first, last) if dash else (first, first))]
     if span == "*":
         ends = [low, high]
-    if not all(re.fullmatch(r"\d{1,3}", str(end)) for end in ends) or not re.fullmatch(r"([1-9]\d{0,2})?", step):
+    if not all(re.fullmatch(r"\d{1,3}", str(end)) for end in ends) or (slash and not re.fullmatch(r"[1-9]\d{0,2}", step)):
         raise ValueError(f"{field} {text!r}: expected numbers from {low} to {high}, as in *, 5, 1-5, 0,30 or */15")
     start, end = int(ends[0]), int(ends[1])
     if not low <= start <= end <= high:
         raise ValueError(f"{field} {text!r}: expected numbers from {low} to {high}, the lower one first")
     return list(range(start, (high if step and not dash else end) + 1, int(step or 1)))
 
+# %% ../../nbs/ops/30_entries.ipynb #793fe362
+def _comes(days: Sequence[int], months: Sequence[int]) -> bool:  # months: none for all
+    "Whether one of these days is in one of these months, in some year."
+    return any(day <= calendar.monthrange(2024, month)[1] for month in months or range(1, 13) for day in days)
 
+# %% ../../nbs/ops/30_entries.ipynb #3d517d31
 Cron = Mapping[str, tuple[int, ...]]  # field to its numbers, ascending; () for any
 
 
@@ -71,8 +76,7 @@ def parse_cron(
     if found["day"] and found["weekday"]:
         raise ValueError(f"{text!r}: day of the month and weekday are both given, which crontab and systemd understand "
                          "differently; give one of them")
-    if found["day"] and not any(day <= calendar.monthrange(2024, month)[1] for month in found["month"] or range(1, 13)
-                                for day in found["day"]):
+    if found["day"] and not _comes(found["day"], found["month"]):
         raise ValueError(f"{text!r}: no such day comes in any year")
     return found
 
@@ -113,7 +117,7 @@ class Entry(BaseModel):
     nice: int = Field(0, ge=0, le=19, description="how far it stands back for others on the processor")
     enabled: bool = Field(True, description="false: it stays here and does not run")
 
-
+# %% ../../nbs/ops/30_entries.ipynb #21de56a8
 class Service(BaseModel):
     "Something that runs all the time; systemd starts it, the schedule does not."
 
@@ -122,7 +126,7 @@ class Service(BaseModel):
     command: str = Field(min_length=1, description="command of xsmom, without the word xsmom")
     enabled: bool = Field(True, description="false: it has no unit")
 
-
+# %% ../../nbs/ops/30_entries.ipynb #94690bcb
 class Schedule(BaseModel):
     "Everything that runs by itself."
 
@@ -133,15 +137,19 @@ class Schedule(BaseModel):
     entries: tuple[Entry, ...] = Field((), description="what runs at its times")
     services: tuple[Service, ...] = Field((), description="what runs all the time, for the units of systemd")
 
-# %% ../../nbs/ops/30_entries.ipynb #21de56a8
-def _faults_of(entry: Entry, names: Sequence[str]) -> Iterator[str]:
-    "What is wrong with one entry."
+# %% ../../nbs/ops/30_entries.ipynb #59d3fdee
+def _choice_faults(entry: Entry) -> Iterator[str]:
+    "What excludes each other in an entry, or is missing from it."
     if (entry.notebook is None) == (entry.command is None):
         yield "expected either `notebook` or `command`"
     if (entry.cron is None) == (entry.every is None):
         yield "expected either `cron` or `every`"
     if entry.parameters and entry.notebook is None:
         yield "`parameters` are for a notebook; write those of a command behind it"
+
+# %% ../../nbs/ops/30_entries.ipynb #be977bff
+def _text_faults(entry: Entry) -> Iterator[str]:
+    "What cannot be read in an entry."
     for text, parse in ((entry.cron, parse_cron), (entry.every, parse_interval)):
         try:
             if text is not None:
@@ -153,11 +161,17 @@ def _faults_of(entry: Entry, names: Sequence[str]) -> Iterator[str]:
             shlex.split(text or "")
         except ValueError as error:
             yield f"{text!r}: not a command line ({error})"
+
+# %% ../../nbs/ops/30_entries.ipynb #e1642215
+def _faults_of(entry: Entry, names: Sequence[str]) -> Iterator[str]:
+    "What is wrong with one entry."
+    yield from _choice_faults(entry)
+    yield from _text_faults(entry)
     for name in entry.after:
         if name not in names:
             yield f"after {name!r}: no such entry{nearest_name(name, list(names))}"
 
-
+# %% ../../nbs/ops/30_entries.ipynb #a5e702d1
 def faults(
     schedule: Schedule,
 ) -> list[str]:  # one sentence a fault; empty when it is sound
@@ -173,7 +187,7 @@ def faults(
         found.append(f"entries wait for each other in a circle: {' after '.join(error.args[1][::-1])}; take one `after` out")
     return found
 
-# %% ../../nbs/ops/30_entries.ipynb #94690bcb
+# %% ../../nbs/ops/30_entries.ipynb #7a900cea
 _MODELS: dict[str, type[BaseModel]] = {"entries": Entry, "services": Service}
 
 
@@ -185,7 +199,7 @@ def _place(content: Any, location: tuple[int | str, ...]) -> str:
     name = item.get("name") if isinstance(item, dict) else None
     return f"{f'entry {name!r}' if name else f'{location[0]}[{location[1] + 1}]'}: {'.'.join(map(str, location[2:]))}"
 
-
+# %% ../../nbs/ops/30_entries.ipynb #32432c18
 def _told(content: Any, error: ValidationError) -> Iterator[str]:
     "A line for each problem that pydantic found."
     for problem in error.errors(include_url=False):
@@ -197,7 +211,7 @@ def _told(content: Any, error: ValidationError) -> Iterator[str]:
             given = "" if problem["type"] == "missing" else f", got {json.dumps(problem['input'], default=str)[:80]}"
             yield f"{_place(content, location)}: {problem['msg']}{given}"
 
-
+# %% ../../nbs/ops/30_entries.ipynb #a48e84f5
 def parse_schedule(
     content: Any,  # what the YAML file holds
     origin: str,  # its name, for messages
@@ -211,7 +225,7 @@ def parse_schedule(
         raise ConfigError("\n".join(f"{origin}: {line}" for line in found))
     return schedule
 
-
+# %% ../../nbs/ops/30_entries.ipynb #4112383f
 def load_schedule(
     path: Path,  # configs/schedule.yaml
 ) -> Schedule:
@@ -232,7 +246,7 @@ def _trigger(cron: str | None, every: str | None) -> Any:
     weekdays = ",".join(WEEKDAYS[number] for number in fields["weekday"]) or "*"
     return CronTrigger(**words, day_of_week=weekdays, second="0", timezone=UTC)
 
-
+# %% ../../nbs/ops/30_entries.ipynb #ca7bf4bf
 def next_slot_ms(
     entry: Entry,
     after_ms: int,  # UTC ms
@@ -243,7 +257,7 @@ def next_slot_ms(
     assert found is not None, "a time that never comes was refused when the schedule was read"
     return round(found.timestamp() * 1000)
 
-
+# %% ../../nbs/ops/30_entries.ipynb #29975360
 def newest_slot_ms(
     entry: Entry,
     now_ms: int,  # UTC ms
@@ -275,22 +289,7 @@ def trouble_of(
     names = [" ".join(command) for command in commands]
     return f"{entry.command!r}: xsmom has no such command{nearest_name(' '.join(words[:2]), names)}"
 
-
-def refused_entries(
-    entries: Sequence[Entry],  # of a sound schedule
-    check_notebook: Any,  # takes name and parameters of a notebook; raises `XsmomError`
-    commands: Collection[tuple[str, ...]] | None = None,  # words of all commands; None: not known here
-) -> dict[str, str]:  # name of an entry to why it cannot run
-    "The entries that cannot run here, with those that come after them."
-    found: dict[str, str] = {}
-    for entry in in_order(entries):
-        held_up = [name for name in entry.after if name in found]
-        if entry.enabled and (why := trouble_of(entry, check_notebook, commands) or
-                              (f"it comes after {held_up[0]!r}, which cannot run" if held_up else "")):
-            found[entry.name] = why
-    return found
-
-
+# %% ../../nbs/ops/30_entries.ipynb #9b8b8436
 def in_order(
     entries: Sequence[Entry],  # of a sound schedule
 ) -> list[Entry]:
@@ -305,3 +304,18 @@ def in_order(
     for entry in entries:
         place(entry)
     return list(placed.values())
+
+# %% ../../nbs/ops/30_entries.ipynb #da5ec9fc
+def refused_entries(
+    entries: Sequence[Entry],  # of a sound schedule
+    check_notebook: Any,  # takes name and parameters of a notebook; raises `XsmomError`
+    commands: Collection[tuple[str, ...]] | None = None,  # words of all commands; None: not known here
+) -> dict[str, str]:  # name of an entry to why it cannot run
+    "The entries that cannot run here, with those that come after them."
+    found: dict[str, str] = {}
+    for entry in in_order(entries):
+        held_up = [name for name in entry.after if name in found]
+        if entry.enabled and (why := trouble_of(entry, check_notebook, commands) or
+                              (f"it comes after {held_up[0]!r}, which cannot run" if held_up else "")):
+            found[entry.name] = why
+    return found

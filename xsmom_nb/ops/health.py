@@ -41,7 +41,7 @@ class Check:
     limit: str  # what it is compared with
     remedy: str = ""  # what to do, where it is not well
 
-
+# %% ../../nbs/ops/23_health.ipynb #115171d9
 @dataclass(frozen=True)
 class HealthReport:
     "All answers of one moment."
@@ -66,12 +66,12 @@ class HealthReport:
         return {"status": self.verdict, "account": self.account, "time": format_utc(self.time_ms),
                 "checks": [asdict(check) for check in self.checks]}
 
-
+# %% ../../nbs/ops/23_health.ipynb #e0f34517
 def _answer(name: str, is_well: bool, value: str, limit: str, remedy: str, otherwise: Verdict = "degraded") -> Check:
     "An answer whose remedy is left out where it is not needed."
     return Check(name, "ok", value, limit) if is_well else Check(name, otherwise, value, limit, remedy)
 
-# %% ../../nbs/ops/23_health.ipynb #efcf2ce9
+# %% ../../nbs/ops/23_health.ipynb #8667a98d
 def duration(
     seconds: float,
 ) -> str:
@@ -80,7 +80,7 @@ def duration(
     unit, length = next(((unit, length) for unit, length in units if abs(seconds) >= 2 * length), ("s", 1))
     return f"{seconds / length:,.0f} {unit}"
 
-
+# %% ../../nbs/ops/23_health.ipynb #efcf2ce9
 def silence_limit(
     process: str,  # cycle, guard, schedule, notify, stream
     config: Config,
@@ -89,7 +89,7 @@ def silence_limit(
     bar = timeframe_ms(config.exchange.timeframe) / 1000
     return bar + config.health.slack_seconds if process == "cycle" else config.health.process_seconds
 
-
+# %% ../../nbs/ops/23_health.ipynb #4a871a1e
 def heartbeat_checks(
     standing: Standing,
     config: Config,
@@ -106,36 +106,57 @@ def heartbeat_checks(
         value, allowed = f"{duration(age)} ago", f"at most {duration(limit)}"
         yield _answer(f"heartbeat {process}", age <= limit, value, allowed, remedy, "failing")
 
-# %% ../../nbs/ops/23_health.ipynb #4a871a1e
-AHEAD_SECONDS = 5.0  # by which a record may lie in the future
-
-
-def trade_checks(
-    standing: Standing,
-    config: Config,
-    now_ms: int,  # UTC ms
-) -> Iterator[Check]:
-    "Whether the books have open questions."
+# %% ../../nbs/ops/23_health.ipynb #5c0b5521
+def _orders_check(standing: Standing, config: Config, now_ms: int) -> Check:
+    "Whether the fate of an order is unknown."
     limit_ms = round(1000 * silence_limit("cycle", config))
     asked = [entry for entry in standing.intents if entry.status in ("written", "unknown")]
     oldest = max((now_ms - entry.created_ms for entry in asked), default=0)
     value = f"{len(asked)}, the oldest {duration(oldest / 1000)} old" if asked else "none"
-    yield _answer("unknown orders", not asked, value, "none", "the next cycle asks the exchange; if it does not, look at its log",
-                  "failing" if oldest > limit_ms else "degraded")
-    bare = standing.memory.risk.unprotected
-    bare = tuple(symbol for symbol in bare if symbol in standing.positions)
-    yield _answer("positions without a stop", not bare, ", ".join(bare) or f"none of {len(standing.positions)}", "none",
-                  "the guard tries again with each look; set one by hand if it goes on", "failing")
+    return _answer("unknown orders", not asked, value, "none",
+                   "the next cycle asks the exchange; if it does not, look at its log",
+                   "failing" if oldest > limit_ms else "degraded")
+
+# %% ../../nbs/ops/23_health.ipynb #8505ee13
+def _stops_check(standing: Standing) -> Check:
+    "Whether a position has no stop at the exchange."
+    bare = tuple(symbol for symbol in standing.memory.risk.unprotected if symbol in standing.positions)
+    return _answer("positions without a stop", not bare, ", ".join(bare) or f"none of {len(standing.positions)}", "none",
+                   "the guard tries again with each look; set one by hand if it goes on", "failing")
+
+# %% ../../nbs/ops/23_health.ipynb #8ecf729e
+def _data_checks(standing: Standing, config: Config, now_ms: int) -> Iterator[Check]:
+    "Whether the last bar that was decided is young enough; nothing before the first decision."
     row_ms = standing.memory.last_row_ms
     if row_ms is not None:
         age = (now_ms - row_ms) / 1000 - timeframe_ms(config.exchange.timeframe) / 1000
         limit = silence_limit("cycle", config)
         yield _answer("market data", age <= limit, f"last bar decided closed {duration(age)} ago", f"at most {duration(limit)}",
                       "synchronise the data, or look why no bar arrives: `xsmom data check`", "failing")
+
+# %% ../../nbs/ops/23_health.ipynb #04cab37a
+AHEAD_SECONDS = 5.0  # by which a record may lie in the future
+
+
+def _clock_check(standing: Standing, now_ms: int) -> Check:
+    "Whether something was written later than now."
     newest = max([*(each.time_ms for each in standing.heartbeats), standing.time_ms or 0])
     ahead = (newest - now_ms) / 1000
-    yield _answer("clock", ahead <= AHEAD_SECONDS, f"{duration(ahead)} ahead" if ahead > 0 else "in order",
-                  f"records at most {AHEAD_SECONDS:g} s ahead", "this machine's clock went backwards: set it (chrony)", "failing")
+    return _answer("clock", ahead <= AHEAD_SECONDS, f"{duration(ahead)} ahead" if ahead > 0 else "in order",
+                   f"records at most {AHEAD_SECONDS:g} s ahead",
+                   "this machine's clock went backwards: set it (chrony)", "failing")
+
+# %% ../../nbs/ops/23_health.ipynb #6c0de945
+def trade_checks(
+    standing: Standing,
+    config: Config,
+    now_ms: int,  # UTC ms
+) -> Iterator[Check]:
+    "Whether the books have open questions."
+    yield _orders_check(standing, config, now_ms)
+    yield _stops_check(standing)
+    yield from _data_checks(standing, config, now_ms)
+    yield _clock_check(standing, now_ms)
 
 # %% ../../nbs/ops/23_health.ipynb #b40a6be3
 def stop_check(
@@ -152,7 +173,7 @@ def stop_check(
     return _answer("trading", until_ms <= now_ms, f"paused until {format_utc(until_ms)}" if until_ms > now_ms else "open",
                    "not stopped", "a loss limit acted; it ends by itself, or with `xsmom resume`")
 
-
+# %% ../../nbs/ops/23_health.ipynb #4f128934
 def event_check(
     standing: Standing,
     config: Config,
@@ -168,9 +189,6 @@ def event_check(
                    f"at most {duration(limit)}", "look whether notifications run, and at the address of each route")
 
 # %% ../../nbs/ops/23_health.ipynb #89fccb01
-GB = 1e9
-
-
 def folder_bytes(
     folder: Path | str,
 ) -> int:
@@ -188,6 +206,9 @@ def folder_bytes(
         return 0
     return total
 
+# %% ../../nbs/ops/23_health.ipynb #1eab63aa
+GB = 1e9
+
 
 def disk_checks(
     config: Config,  # `runs`, `health`
@@ -204,7 +225,7 @@ def disk_checks(
     yield _answer("size of the runs", used <= config.runs.alarm_gb, f"{used:,.2f} GB", f"at most {config.runs.alarm_gb:g} GB",
                   "`xsmom runs prune`, or a larger runs.alarm_gb")
 
-# %% ../../nbs/ops/23_health.ipynb #1eab63aa
+# %% ../../nbs/ops/23_health.ipynb #215b75ef
 def chain_check(
     root: Path,  # folder of all runs
     state: State,  # that remembers the end of the chain
@@ -225,7 +246,7 @@ def chain_check(
                    "the next run mends it" if behind else "newest runs are gone: `xsmom runs verify`, then a backup",
                    "degraded" if behind else "failing")
 
-
+# %% ../../nbs/ops/23_health.ipynb #159cce72
 def run_check(
     root: Path,  # folder of all runs
     now_ms: int,  # by the clock of the wall, UTC ms
@@ -239,6 +260,25 @@ def run_check(
               if (content is None and not is_running(folder)) or (content is not None and content["status"] != "done")]
     shown = ", ".join(broken[-3:]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
     return _answer("failed runs", not broken, shown or f"none of {len(recent)}", "none in a day", "`xsmom runs show ID` says why")
+
+# %% ../../nbs/ops/23_health.ipynb #293cc409
+def _caught(name: str, ask: Callable[[], list[Check]]) -> list[Check]:
+    "The answers to a question, one of them that it cannot be asked."
+    try:
+        return ask()
+    except (XsmomError, OSError) as error:
+        return [Check(name, "failing", f"cannot be asked: {error}", "can be asked", "see the reason and correct it")]
+
+# %% ../../nbs/ops/23_health.ipynb #6f67f1b2
+def _chain_of(main: Config, project: Path, root: Path) -> Check:
+    "The answer about the chain, with the state that remembers it."
+    try:
+        with open_state(main.live.state_url, project, must_exist=True) as state:
+            return chain_check(root, state)
+    except StateError as error:
+        if read_chain(root)[0]:
+            return Check("chain of runs", "failing", f"nothing remembers its end: {error}", "ends where the state says")
+        return Check("chain of runs", "ok", "no run yet", "ends where the state says")
 
 # %% ../../nbs/ops/23_health.ipynb #99200651
 def check_health(
@@ -264,22 +304,3 @@ def check_health(
     checks += _caught("chain of runs", lambda: [_chain_of(main, project, root)])
     checks += _caught("failed runs", lambda: [run_check(root, wall_ms)])
     return HealthReport(now_ms, account, tuple(checks))
-
-
-def _chain_of(main: Config, project: Path, root: Path) -> Check:
-    "The answer about the chain, with the state that remembers it."
-    try:
-        with open_state(main.live.state_url, project, must_exist=True) as state:
-            return chain_check(root, state)
-    except StateError as error:
-        if read_chain(root)[0]:
-            return Check("chain of runs", "failing", f"nothing remembers its end: {error}", "ends where the state says")
-        return Check("chain of runs", "ok", "no run yet", "ends where the state says")
-
-
-def _caught(name: str, ask: Callable[[], list[Check]]) -> list[Check]:
-    "The answers to a question, one of them that it cannot be asked."
-    try:
-        return ask()
-    except (XsmomError, OSError) as error:
-        return [Check(name, "failing", f"cannot be asked: {error}", "can be asked", "see the reason and correct it")]

@@ -23,7 +23,7 @@ __all__ = ['Form', 'SEVERITY', 'UNTOLD', 'LINES', 'COLOURS', 'LEVEL_COLOURS', 'M
 Form = Literal["single", "fold", "digest"]
 SEVERITY = {"DEBUG": 0, "INFO": 1, "WARNING": 2, "ERROR": 3, "CRITICAL": 4}  # level to rank
 
-
+# %% ../../nbs/ops/10_message.ipynb #14606841
 @dataclass(frozen=True)
 class Message:
     "Events that are told together."
@@ -47,7 +47,7 @@ def units(
     "The length of a text as chat services count it."
     return len(text.encode("utf-16-le", "replace")) // 2
 
-
+# %% ../../nbs/ops/10_message.ipynb #211361d9
 def clip(
     text: str,
     most: int,  # units, at least 1
@@ -58,9 +58,8 @@ def clip(
     kept = text.encode("utf-16-le", "replace")[: 2 * (most - 1)].decode("utf-16-le", "ignore")
     return f"{kept.rstrip()}…"
 
-# %% ../../nbs/ops/10_message.ipynb #159bf763
+# %% ../../nbs/ops/10_message.ipynb #4bf867db
 _UNITS = {"_pct": ", %", "_bps": ", bps", "_ms": "", "_seconds": ", s", "_hours": ", h", "_minutes": ", min"}
-UNTOLD = frozenset({"outcome", "plot", "title"})  # values of an event that say how it is shown, not what happened
 
 
 def heading(
@@ -71,7 +70,7 @@ def heading(
     words = name.removesuffix(ending).replace("_", " ").strip()
     return words[:1].upper() + words[1:] + _UNITS.get(ending, "")
 
-
+# %% ../../nbs/ops/10_message.ipynb #85a71159
 def shown(
     name: str,
     value: Any,  # of JSON
@@ -89,7 +88,7 @@ def shown(
         return ", ".join(shown("", item) for item in value) or "none"
     return str(value)
 
-
+# %% ../../nbs/ops/10_message.ipynb #159bf763
 def escaped(
     text: str,
 ) -> str:
@@ -104,6 +103,9 @@ def title_of(
     name = str(event.data.get("title") or heading(event.kind))
     return f"{name} · {event.symbol}" if event.symbol else name
 
+# %% ../../nbs/ops/10_message.ipynb #0d588e36
+UNTOLD = frozenset({"outcome", "plot", "title"})  # values of an event that say how it is shown, not what happened
+
 
 def facts_of(
     event: Event,
@@ -113,9 +115,6 @@ def facts_of(
             if name not in UNTOLD and value is not None]
 
 # %% ../../nbs/ops/10_message.ipynb #3331189f
-LINES = 10  # sentences of a fold, or kinds of a digest, that are shown
-
-
 def span(
     events: Iterable[Event],
 ) -> str:  # as in "10 minutes"
@@ -128,7 +127,7 @@ def span(
             return f"{count} {name}{'' if count == 1 else 's'}"
     return f"{max(1, round(seconds))} s"
 
-
+# %% ../../nbs/ops/10_message.ipynb #ad9be626
 def _numbered(count: int, what: str) -> str:
     "A number of things."
     return f"{count:,} {what}{'' if count == 1 else 's'}"
@@ -145,14 +144,17 @@ def subject(
         return f"{title_of(events[-1])}: {len(events):,} in {span(events)}"
     return f"{_numbered(len(events), 'event')} in {span(events)}"
 
-# %% ../../nbs/ops/10_message.ipynb #75e7027d
+# %% ../../nbs/ops/10_message.ipynb #9d8f91ef
+LINES = 10  # sentences of a fold, or kinds of a digest, that are shown
+
+
 def _fold_lines(events: tuple[Event, ...]) -> list[str]:
     "What equal events said; the newest last."
     last = events[-LINES:]
     lines = [f"{format_utc(event.time_ms)[11:19]}  {clip(event.text, 250)}" for event in last]
     return [f"({len(events) - len(last):,} earlier ones)", *lines] if len(last) < len(events) else lines
 
-
+# %% ../../nbs/ops/10_message.ipynb #7665ee44
 def _digest_lines(events: tuple[Event, ...]) -> list[str]:
     "What there was, the most severe first."
     counts = Counter((event.level, event.kind) for event in events)
@@ -162,7 +164,7 @@ def _digest_lines(events: tuple[Event, ...]) -> list[str]:
     rest = order[LINES:]
     return [*lines, f"({sum(counts[each] for each in rest):,} of {_numbered(len(rest), 'other kind')})"] if rest else lines
 
-
+# %% ../../nbs/ops/10_message.ipynb #bf7b6fe3
 def lines_of(
     message: Message,
 ) -> list[str]:
@@ -171,7 +173,7 @@ def lines_of(
         return [message.events[0].text]
     return _fold_lines(message.events) if message.form == "fold" else _digest_lines(message.events)
 
-
+# %% ../../nbs/ops/10_message.ipynb #c202473e
 def footer(
     message: Message,
 ) -> str:
@@ -181,10 +183,9 @@ def footer(
     said = [message.sender, message.worst.level, ids, format_utc(message.worst.time_ms)]
     return " · ".join([*filter(None, said), *(["perhaps told before"] if message.in_doubt else [])])
 
-# %% ../../nbs/ops/10_message.ipynb #9d8f91ef
+# %% ../../nbs/ops/10_message.ipynb #d9e44e8f
 COLOURS = {"good": 0x2E9E5B, "bad": 0xC0392B, "": 0x3B82C4}  # by outcome
 LEVEL_COLOURS = {"WARNING": 0xE0A100, "ERROR": 0xC0392B, "CRITICAL": 0x7B1113}  # from a warning on
-MOST = {"title": 256, "description": 4096, "fields": 25, "name": 256, "value": 1024, "footer": 2048, "all": 6000}
 
 
 def colour(
@@ -192,6 +193,9 @@ def colour(
 ) -> int:  # 24 bits, red first
     "The colour of an event."
     return LEVEL_COLOURS.get(event.level, COLOURS.get(str(event.data.get("outcome", "")), COLOURS[""]))
+
+# %% ../../nbs/ops/10_message.ipynb #157d7750
+MOST = {"title": 256, "description": 4096, "fields": 25, "name": 256, "value": 1024, "footer": 2048, "all": 6000}
 
 
 def _fields(event: Event, room: int) -> list[dict[str, Any]]:  # `room`: units that are left
@@ -205,7 +209,7 @@ def _fields(event: Event, room: int) -> list[dict[str, Any]]:  # `room`: units t
         fields.append({"name": pair[0], "value": pair[1], "inline": units(pair[1]) <= 40})
     return fields
 
-
+# %% ../../nbs/ops/10_message.ipynb #07917b4b
 def embed(
     message: Message,
 ) -> dict[str, Any]:  # JSON

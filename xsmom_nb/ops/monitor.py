@@ -24,13 +24,13 @@ from ..live.status import PaperStanding, Standing, read_paper, read_standing
 from .health import VERDICTS, HealthReport, check_health, folder_bytes
 from .records import account_now_ms
 from ..runs.chain import run_folders, sealed_content
-from ..state import open_state
+from ..state import State, open_state
 
 # %% auto #0
 __all__ = ['RECENT', 'LABELS', 'FRESH_SECONDS', 'SIZE_SECONDS', 'run_durations', 'Reading', 'take_reading', 'exposition', 'Looks',
            'serve_health']
 
-# %% ../../nbs/ops/25_monitor.ipynb #90f31a30
+# %% ../../nbs/ops/25_monitor.ipynb #6275bbc5
 RECENT = 200  # newest runs whose durations are looked at
 
 
@@ -45,7 +45,7 @@ def run_durations(
             found[folder.parent.name] = seconds, content["status"] == "done"
     return found
 
-
+# %% ../../nbs/ops/25_monitor.ipynb #b776fc48
 @dataclass(frozen=True)
 class Reading:
     "All that a look has found."
@@ -58,7 +58,14 @@ class Reading:
     runs_bytes: int
     free_bytes: int
 
+# %% ../../nbs/ops/25_monitor.ipynb #0e85f2af
+def _events_by_level(state: State) -> dict[str, int]:
+    "Messages so far, by level."
+    with state.read() as connection:
+        rows = connection.execute(sql("SELECT level, COUNT(*) FROM events GROUP BY level"))
+        return {str(level): int(count) for level, count in rows}
 
+# %% ../../nbs/ops/25_monitor.ipynb #da79afe9
 def take_reading(
     config: Config,  # of the account
     main: Config,  # whose state remembers the chain of runs
@@ -76,48 +83,25 @@ def take_reading(
     try:
         now_ms = account_now_ms(config, project, account is not None, wall)
         with open_state(config.live.state_url, project, must_exist=True) as state:
-            standing = read_standing(state)
-            with state.read() as connection:
-                rows = connection.execute(sql("SELECT level, COUNT(*) FROM events GROUP BY level"))
-                events = {str(level): int(count) for level, count in rows}
+            standing, events = read_standing(state), _events_by_level(state)
         paper = read_paper(config, project) if config.live.mode == "paper" else None
     except XsmomError:
         pass  # the same error is what `check_health` answers below
     health = check_health(config, main, project, account or config.live.mode, now_ms, wall.now_ms(), size)
     return Reading(health, standing, paper, events, run_durations(root), size, free_bytes(root))
 
-# %% ../../nbs/ops/25_monitor.ipynb #d11466d6
+# %% ../../nbs/ops/25_monitor.ipynb #4d69d01e
 _Sample = tuple[str, str, Mapping[str, float]]  # name, help, value by label; the label "" for a metric without
-
-
-def _samples(reading: Reading) -> Iterator[_Sample]:
-    "The metrics with one label or none; the label is called as `LABELS` says."
-    standing, paper = reading.standing, reading.paper
-    health = reading.health
-    yield "xsmom_health", "0 well, 1 degraded, 2 failing", {"": VERDICTS.index(health.verdict)}
-    yield "xsmom_check", "0 well, 1 degraded, 2 failing", {check.name: VERDICTS.index(check.verdict) for check in health.checks}
-    if standing is not None and standing.equity is not None:
-        yield "xsmom_equity", "equity at the last cycle, quote currency", {"": float(standing.equity)}
-        yield "xsmom_drawdown_ratio", "fall below the 30-day high", {"": standing.drawdown or 0.0}
-        yield "xsmom_day_return_ratio", "result of the day", {"": standing.today or 0.0}
-        yield "xsmom_positions", "positions held", {"": len(standing.positions)}
-        yield "xsmom_gross_exposure_ratio", "value of all positions, share of the equity", {"": _gross(standing, paper)}
-    if standing is not None:
-        yield "xsmom_heartbeat_age_seconds", "since the last completed step", {
-            each.process: each.age_seconds(health.time_ms) for each in standing.heartbeats}
-        yield "xsmom_undelivered_events", "messages that nobody was told yet", {"": len(standing.events)}
-        yield "xsmom_unsettled_orders", "orders whose fate is unknown", {
-            "": sum(entry.status in ("written", "unknown") for entry in standing.intents)}
-    yield "xsmom_run_duration_seconds", "of the newest run", {kind: seconds for kind, (seconds, _) in reading.runs.items()}
-    yield "xsmom_run_done", "1: the newest run succeeded", {kind: float(done) for kind, (_, done) in reading.runs.items()}
-    yield "xsmom_runs_bytes", "size of the folder of runs", {"": reading.runs_bytes}
-    yield "xsmom_disk_free_bytes", "free on the disk of the runs", {"": reading.free_bytes}
-
-
 LABELS = {"xsmom_check": "check", "xsmom_heartbeat_age_seconds": "process", "xsmom_run_duration_seconds": "kind",
           "xsmom_run_done": "kind"}
 
 
+def _health_samples(health: HealthReport) -> Iterator[_Sample]:
+    "The verdict, and that of each check."
+    yield "xsmom_health", "0 well, 1 degraded, 2 failing", {"": VERDICTS.index(health.verdict)}
+    yield "xsmom_check", "0 well, 1 degraded, 2 failing", {check.name: VERDICTS.index(check.verdict) for check in health.checks}
+
+# %% ../../nbs/ops/25_monitor.ipynb #5881bf16
 def _gross(standing: Standing, paper: PaperStanding | None) -> float:
     "Value of all positions as a share of the equity; at entry prices where no marks are known."
     marks = {each.symbol: float(each.mark_price) for each in paper.positions} if paper is not None else {}
@@ -125,14 +109,60 @@ def _gross(standing: Standing, paper: PaperStanding | None) -> float:
                 for symbol, held in standing.positions.items())
     return value / float(standing.equity) if standing.equity else 0.0
 
+# %% ../../nbs/ops/25_monitor.ipynb #494a9b35
+def _account_samples(standing: Standing, paper: PaperStanding | None) -> Iterator[_Sample]:
+    "Money and positions; nothing before the first completed cycle."
+    if standing.equity is not None:
+        yield "xsmom_equity", "equity at the last cycle, quote currency", {"": float(standing.equity)}
+        yield "xsmom_drawdown_ratio", "fall below the 30-day high", {"": standing.drawdown or 0.0}
+        yield "xsmom_day_return_ratio", "result of the day", {"": standing.today or 0.0}
+        yield "xsmom_positions", "positions held", {"": len(standing.positions)}
+        yield "xsmom_gross_exposure_ratio", "value of all positions, share of the equity", {"": _gross(standing, paper)}
 
+# %% ../../nbs/ops/25_monitor.ipynb #b90b79c8
+def _process_samples(standing: Standing, now_ms: int) -> Iterator[_Sample]:
+    "Signs of life, and what is not settled."
+    yield "xsmom_heartbeat_age_seconds", "since the last completed step", {
+        each.process: each.age_seconds(now_ms) for each in standing.heartbeats}
+    yield "xsmom_undelivered_events", "messages that nobody was told yet", {"": len(standing.events)}
+    yield "xsmom_unsettled_orders", "orders whose fate is unknown", {
+        "": sum(entry.status in ("written", "unknown") for entry in standing.intents)}
+
+# %% ../../nbs/ops/25_monitor.ipynb #3f0c3886
+def _samples(reading: Reading) -> Iterator[_Sample]:
+    "The metrics with one label or none; the label is called as `LABELS` says."
+    yield from _health_samples(reading.health)
+    if reading.standing is not None:
+        yield from _account_samples(reading.standing, reading.paper)
+        yield from _process_samples(reading.standing, reading.health.time_ms)
+    yield "xsmom_run_duration_seconds", "of the newest run", {kind: seconds for kind, (seconds, _) in reading.runs.items()}
+    yield "xsmom_run_done", "1: the newest run succeeded", {kind: float(done) for kind, (_, done) in reading.runs.items()}
+    yield "xsmom_runs_bytes", "size of the folder of runs", {"": reading.runs_bytes}
+    yield "xsmom_disk_free_bytes", "free on the disk of the runs", {"": reading.free_bytes}
+
+# %% ../../nbs/ops/25_monitor.ipynb #678969b1
+def _event_counter(events: Mapping[str, int]) -> Any:  # a collector of prometheus_client
+    "Messages so far, by level."
+    from prometheus_client.core import CounterMetricFamily
+    from prometheus_client.registry import Collector
+
+    class Events(Collector):
+        "Messages so far, which only grow."
+
+        def collect(self) -> Iterator[Any]:
+            family = CounterMetricFamily("xsmom_events", "messages so far", labels=["level"])
+            for level, count in sorted(events.items()):
+                family.add_metric([level], count)
+            yield family
+
+    return Events()
+
+# %% ../../nbs/ops/25_monitor.ipynb #90f31a30
 def exposition(
     reading: Reading,
 ) -> bytes:  # the text format of Prometheus
     "The metrics of a look."
     from prometheus_client import CollectorRegistry, Gauge, generate_latest
-    from prometheus_client.core import CounterMetricFamily
-    from prometheus_client.registry import Collector
 
     registry = CollectorRegistry()
     for name, text, values in _samples(reading):
@@ -140,17 +170,7 @@ def exposition(
         gauge = Gauge(name, text, [label] if label else [], registry=registry)
         for key, value in values.items():
             (gauge.labels(key) if label else gauge).set(value)
-
-    class Events(Collector):
-        "Messages so far, which only grow."
-
-        def collect(self) -> Iterator[Any]:
-            family = CounterMetricFamily("xsmom_events", "messages so far", labels=["level"])
-            for level, count in sorted(reading.events.items()):
-                family.add_metric([level], count)
-            yield family
-
-    registry.register(Events())
+    registry.register(_event_counter(reading.events))
     return generate_latest(registry)
 
 # %% ../../nbs/ops/25_monitor.ipynb #09e91d7a
@@ -180,6 +200,11 @@ class Looks:
             return self._reading
 
 # %% ../../nbs/ops/25_monitor.ipynb #37e74532
+def _is_home(host: str) -> bool:  # the header of a request, "127.0.0.1:9100"
+    "Whether a request was sent to this machine by its own name."
+    return host.partition(":")[0] in ("127.0.0.1", "localhost")
+
+# %% ../../nbs/ops/25_monitor.ipynb #a6a65c0a
 def _application(looks: Looks) -> Any:  # of aiohttp
     "What the server answers."
     from aiohttp import web
@@ -195,7 +220,7 @@ def _application(looks: Looks) -> Any:  # of aiohttp
 
     @web.middleware
     async def at_home(request: Any, handler: Any) -> Any:
-        if request.host.rpartition(":")[0] not in ("127.0.0.1", "localhost"):
+        if not _is_home(request.host):
             raise web.HTTPForbidden(text="this server answers to 127.0.0.1 and localhost only\n")
         return await handler(request)
 
@@ -203,7 +228,14 @@ def _application(looks: Looks) -> Any:  # of aiohttp
     application.add_routes([web.get("/health", health), web.get("/metrics", metrics)])
     return application
 
+# %% ../../nbs/ops/25_monitor.ipynb #b232f9df
+def _refused_port(port: int, error: OSError) -> UsageError:
+    "Why a port cannot be had, and what to do."
+    why = {errno.EADDRINUSE: "is used by another process; `ss -ltnp` shows which",
+           errno.EACCES: "may not be opened by this user"}.get(error.errno or 0, f"cannot be opened ({error.strerror})")
+    return UsageError(f"port {port} of 127.0.0.1 {why}: name another one with --port, or health.port")
 
+# %% ../../nbs/ops/25_monitor.ipynb #4900b6e9
 async def serve_health(
     looks: Looks,
     port: int,  # on 127.0.0.1; 0: any free one
@@ -220,9 +252,7 @@ async def serve_health(
         try:
             await site.start()
         except OSError as error:
-            why = {errno.EADDRINUSE: "is used by another process; `ss -ltnp` shows which",
-                   errno.EACCES: "may not be opened by this user"}.get(error.errno or 0, f"cannot be opened ({error.strerror})")
-            raise UsageError(f"port {port} of 127.0.0.1 {why}: name another one with --port, or health.port") from error
+            raise _refused_port(port, error) from error
         on_start(runner.addresses[0][1])
         await (until or asyncio.Event()).wait()
     finally:

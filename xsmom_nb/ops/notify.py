@@ -37,7 +37,7 @@ from xsmom_nb.ops.deliveries import (
     standing,
     waiting,
 )
-from .folding import MINUTE_MS, plan
+from .folding import MINUTE_MS, Plan, plan
 from .message import Form
 from ..outbox import Event, Level, beat
 from ..state import State
@@ -45,14 +45,21 @@ from ..state import State
 if TYPE_CHECKING:
     from aiohttp import ClientSession
     from pydantic import SecretStr
+    from sqlalchemy import Connection
 
 # %% auto #0
 __all__ = ['Planned', 'BEAT_MS', 'next_message', 'Office', 'attempt', 'serve', 'drain', 'pulse', 'keep_draining', 'samples']
 
-# %% ../../nbs/ops/10e_notify.ipynb #af538eb8
+# %% ../../nbs/ops/10e_notify.ipynb #44cdf215
 Planned = list[tuple[Form, tuple[Event, ...]]]  # what is left of a plan
 
 
+def _plan_for(connection: Connection, route: str, events: list[Event], now_ms: int, rules: Notify) -> Plan:
+    "What a route tells of the events that wait for it."
+    since_ms = now_ms - round(rules.dedupe_minutes * MINUTE_MS)
+    return plan(events, last_told(connection, route, since_ms), spent(connection, route, now_ms), now_ms, rules)
+
+# %% ../../nbs/ops/10e_notify.ipynb #af538eb8
 def next_message(
     state: State,
     route: str,
@@ -70,8 +77,7 @@ def next_message(
         if not planned:
             if not (events := waiting(connection, route)):
                 return None
-            since_ms = now_ms - round(rules.dedupe_minutes * MINUTE_MS)
-            made = plan(events, last_told(connection, route, since_ms), spent(connection, route, now_ms), now_ms, rules)
+            made = _plan_for(connection, route, events, now_ms, rules)
             planned += made.messages
             if not planned:
                 return made.next_ms
@@ -104,7 +110,7 @@ class Office:
     def look(self) -> int:  # how many events were handed out
         "Read the addresses, and hand out what has happened."
         now = {route: secret.get_secret_value() for route, secret in self.addresses().items()}
-        changed = [route for route, url in now.items() if self.urls and self.urls.get(route) != url]
+        changed = [route for route, url in now.items() if self.urls.get(route) != url]
         self.urls = now
         if changed:
             with self.state.write() as connection:
@@ -115,6 +121,22 @@ class Office:
         return count
 
 # %% ../../nbs/ops/10e_notify.ipynb #6c262a81
+def _rest_all(office: Office, routes: list[str], now_ms: int, seconds: float) -> None:
+    "Leave routes alone for a while."
+    until_ms = now_ms + round(seconds * 1000)
+    with office.state.write() as connection:
+        for route in routes:
+            before = route_state(connection, route)
+            keep_route(connection, replace(before, next_ms=max(before.next_ms, until_ms)))
+
+# %% ../../nbs/ops/10e_notify.ipynb #33f65731
+def _without_address(office: Office, route: str) -> None:
+    "Note that a route has no address."
+    answer = Answer("broken", f"the environment variable {route} is not set")
+    with office.state.write() as connection:
+        note_route(connection, route, answer, office.clock.now_ms(), office.draw(), office.rules)
+
+# %% ../../nbs/ops/10e_notify.ipynb #bbae08e1
 async def attempt(
     office: Office,
     route: str,
@@ -124,9 +146,7 @@ async def attempt(
     "Try once to send a message, and note what came of it."
     state, rules = office.state, office.rules
     if (url := office.urls.get(route)) is None:
-        with state.write() as connection:
-            answer = Answer("broken", f"the environment variable {route} is not set")
-            note_route(connection, route, answer, office.clock.now_ms(), office.draw(), rules)
+        _without_address(office, route)
         return
     begin_sending(state, message.message_id, office.clock.now_ms())
     answer = await deliver(session, url, message.message(office.sender), office.runs, rules.timeout_seconds)
@@ -137,15 +157,6 @@ async def attempt(
     if ending != "waiting":
         office.ended[ending] += 1
         finish(state, now_ms, message.message_id)
-
-
-def _rest_all(office: Office, routes: list[str], now_ms: int, seconds: float) -> None:
-    "Leave routes alone for a while."
-    until_ms = now_ms + round(seconds * 1000)
-    with office.state.write() as connection:
-        for route in routes:
-            before = route_state(connection, route)
-            keep_route(connection, replace(before, next_ms=max(before.next_ms, until_ms)))
 
 # %% ../../nbs/ops/10e_notify.ipynb #ce8fe034
 async def serve(
@@ -179,7 +190,7 @@ def _session() -> ClientSession:
 
     return ClientSession(trust_env=True)
 
-
+# %% ../../nbs/ops/10e_notify.ipynb #5e1a4364
 async def drain(
     office: Office,
     patience_seconds: float = 2.0,  # longest pause of a service that is waited out
@@ -192,10 +203,7 @@ async def drain(
                 pass
             await asyncio.gather(*(serve(office, route, session, patience_seconds) for route in office.routes))
 
-# %% ../../nbs/ops/10e_notify.ipynb #5e1a4364
-BEAT_MS = 30_000  # a sign of life at least so often
-
-
+# %% ../../nbs/ops/10e_notify.ipynb #5bb66449
 def pulse(
     office: Office,
     lease: Lease | None,  # ours
@@ -213,7 +221,15 @@ def pulse(
         beat(connection, "notify", now_ms, "looked", detail)
     return detail
 
+# %% ../../nbs/ops/10e_notify.ipynb #2d753a3c
+async def _pause(stop: asyncio.Event, seconds: float) -> None:
+    "Wait, unless it ends."
+    try:
+        await asyncio.wait_for(stop.wait(), seconds)
+    except TimeoutError:
+        return
 
+# %% ../../nbs/ops/10e_notify.ipynb #74f4c9c0
 async def _work(office: Office, route: str, session: ClientSession, stop: asyncio.Event) -> None:
     "Serve one route until the end."
     while not stop.is_set():
@@ -223,14 +239,8 @@ async def _work(office: Office, route: str, session: ClientSession, stop: asynci
             seconds = min(seconds, max(0.01, (later_ms - office.clock.now_ms()) / 1000))
         await _pause(stop, seconds)
 
-
-async def _pause(stop: asyncio.Event, seconds: float) -> None:
-    "Wait, unless it ends."
-    try:
-        await asyncio.wait_for(stop.wait(), seconds)
-    except TimeoutError:
-        return
-
+# %% ../../nbs/ops/10e_notify.ipynb #b218a069
+BEAT_MS = 30_000  # a sign of life at least so often
 
 async def _look_on(office: Office, lease: Lease | None, stop: asyncio.Event) -> None:
     "Hand out what happens, and give signs of life, until the end."
@@ -246,7 +256,7 @@ async def _look_on(office: Office, lease: Lease | None, stop: asyncio.Event) -> 
             forgot_ms = now_ms
         await _pause(stop, 0.005 if office.behind else office.rules.poll_seconds)  # which leaves a moment to those who trade
 
-
+# %% ../../nbs/ops/10e_notify.ipynb #d80fb9b3
 async def keep_draining(
     office: Office,
     stop: asyncio.Event,  # set to end it, after the messages under way

@@ -44,7 +44,7 @@ class Period:
         "The day, as in 2025-03-31."
         return format_utc(self.day_ms)[:10]
 
-
+# %% ../../nbs/ops/26_report.ipynb #8cb305cd
 def report_period(
     date: str,  # a UTC day; empty: yesterday
     days: int,  # the window, that day included
@@ -85,7 +85,7 @@ class DailyReport:
         found = self.days[(self.days.index == midnight) & (self.days["cycles"] > 0)]
         return None if found.empty else found.iloc[0]
 
-
+# %% ../../nbs/ops/26_report.ipynb #1df30d46
 def make_report(
     records: Records,  # of the window of the period
     period: Period,
@@ -99,6 +99,20 @@ def make_report(
         by_cause(records), by_symbol(records), exposure(records), costs(records),
         records.events[records.events["time_ms"] >= period.day_ms])
 
+# %% ../../nbs/ops/26_report.ipynb #bb86a52d
+def _run_row(folder: Path) -> tuple[str, str, float | None, str]:  # kind, status, seconds, note
+    "What a folder says of its run."
+    kind = folder.parent.name
+    try:
+        manifest = read_manifest(folder)
+    except XsmomError as error:
+        status = "running" if is_running(folder) else "damaged"
+        return kind, status, None, "" if status == "running" else str(error).partition("; ")[0]
+    lost = [name for name in ("notebook.html", "outputs/decision.json", "outputs/decisions.jsonl")
+            if name in manifest.files and not (folder / name).exists()]
+    seconds = (parse_utc(manifest.ended_at) - parse_utc(manifest.started_at)) / 1000
+    return kind, manifest.status, seconds, manifest.error or (f"{', '.join(lost)} gone" if lost else "")
+
 # %% ../../nbs/ops/26_report.ipynb #e2a380ee
 def run_table(
     root: Path,  # folder of all runs
@@ -108,20 +122,8 @@ def run_table(
     folders, rows = {folder.name: folder for folder in run_folders(root)}, dict[str, tuple[Any, ...]]()
     for run_id in run_ids:
         folder = folders.get(run_id)
-        if folder is None:
-            rows[run_id] = ("?", "gone", None, "its folder is not there; it was deleted, or is on another machine")
-            continue
-        kind = folder.parent.name
-        try:
-            manifest = read_manifest(folder)
-        except XsmomError as error:
-            status = "running" if is_running(folder) else "damaged"
-            rows[run_id] = (kind, status, None, "" if status == "running" else str(error).partition("; ")[0])
-            continue
-        lost = [name for name in ("notebook.html", "outputs/decision.json", "outputs/decisions.jsonl")
-                if name in manifest.files and not (folder / name).exists()]
-        seconds = (parse_utc(manifest.ended_at) - parse_utc(manifest.started_at)) / 1000
-        rows[run_id] = (kind, manifest.status, seconds, manifest.error or (f"{', '.join(lost)} gone" if lost else ""))
+        rows[run_id] = _run_row(folder) if folder is not None else (
+            "?", "gone", None, "its folder is not there; it was deleted, or is on another machine")
     return pd.DataFrame.from_dict(rows, orient="index", columns=["kind", "status", "seconds", "note"]).rename_axis("run")
 
 # %% ../../nbs/ops/26_report.ipynb #855c9076
@@ -146,36 +148,50 @@ def parity_facts(
         f"run {figure.run_id}, whose page is gone (pruned, or its folder is damaged)"}
 
 # %% ../../nbs/ops/26_report.ipynb #a7e17fdc
-def report_remarks(
-    report: DailyReport,
-    runs: pd.DataFrame,  # as `run_table` gives it
-    health: HealthReport | None = None,  # when the report is made; None: not asked
-) -> list[str]:  # a sentence each
-    "What somebody should look at."
-    records, day = report.records, report.period.day
-    if records.first_ms is None:
-        return [f"this account has never completed a cycle: there is nothing to report of {day}"]
-    troubles = health.troubles if health else []
-    said = [f"{check.name}: {check.value}, expected {check.limit}; {check.remedy}" for check in troubles]
-    if report.today is None:
-        before = f"; the account begins at {format_utc(records.first_ms)}" if records.first_ms >= report.period.end_ms else ""
-        said.append(f"no cycle was completed on {day}: the day has no figures of its own{before}")
-    elif (due := due_cycles(_of_day(report))) > (taken := taken_cycles(_of_day(report))):
-        said.append(f"{due - taken} of {due} cycles of {day} were not completed")
-    serious = report.events[report.events["level"].isin(["ERROR", "CRITICAL"])]
-    said += [f"{format_utc(int(each['time_ms']))} {each['kind']}: {each['text']}" for _, each in serious.tail(5).iterrows()]
-    broken = runs[~runs["status"].isin(["done", "running"])]
-    said += [f"run {run_id} is {row['status']}: {row['note']}" for run_id, row in broken.tail(5).iterrows()]
-    return said
-
-
 def _of_day(report: DailyReport) -> Records:
     "The records of the day alone."
     records = report.records
     return Records(report.period.day_ms, records.end_ms, records.step_ms, records.first_ms, records.equity, records.trades,
                    records.fills, records.ledger, records.events, records.run_ids)
 
+# %% ../../nbs/ops/26_report.ipynb #2ace4ad2
+def _cycle_remarks(report: DailyReport) -> list[str]:
+    "What is to be said of the cycles of the day."
+    records, day = report.records, report.period.day
+    if report.today is None:
+        first_ms = records.first_ms or 0
+        before = f"; the account begins at {format_utc(first_ms)}" if first_ms >= report.period.end_ms else ""
+        return [f"no cycle was completed on {day}: the day has no figures of its own{before}"]
+    due, taken = due_cycles(_of_day(report)), taken_cycles(_of_day(report))
+    return [f"{due - taken} of {due} cycles of {day} were not completed"] if due > taken else []
+
+# %% ../../nbs/ops/26_report.ipynb #48370b66
+def report_remarks(
+    report: DailyReport,
+    runs: pd.DataFrame,  # as `run_table` gives it
+    health: HealthReport | None = None,  # when the report is made; None: not asked
+) -> list[str]:  # a sentence each
+    "What somebody should look at."
+    if report.records.first_ms is None:
+        return [f"this account has never completed a cycle: there is nothing to report of {report.period.day}"]
+    troubles = health.troubles if health else []
+    said = [f"{check.name}: {check.value}, expected {check.limit}; {check.remedy}" for check in troubles]
+    said += _cycle_remarks(report)
+    serious = report.events[report.events["level"].isin(["ERROR", "CRITICAL"])]
+    said += [f"{format_utc(int(each['time_ms']))} {each['kind']}: {each['text']}" for _, each in serious.tail(5).iterrows()]
+    broken = runs[~runs["status"].isin(["done", "running"])]
+    said += [f"run {run_id} is {row['status']}: {row['note']}" for run_id, row in broken.tail(5).iterrows()]
+    return said
+
 # %% ../../nbs/ops/26_report.ipynb #a6e762b8
+def _day_lines(day: pd.Series) -> dict[str, str]:
+    "What a day brought."
+    paid = f", {day['paid_in']:+,.2f} paid in" if day["paid_in"] else ""
+    parts = f"price {day['price']:+,.2f}, fees {day['fees']:+,.2f}, funding {day['funding']:+,.2f}{paid}"
+    return {"the day": f"{day['pnl']:+,.2f} ({day['returns']:+.2%}): {parts}",
+            "trades closed": f"{day['trades']:.0f}, {day['won']:.0f} won"}
+
+# %% ../../nbs/ops/26_report.ipynb #55dcab90
 def day_facts(
     report: DailyReport,
 ) -> dict[str, str]:  # question to answer; empty where there is nothing
@@ -187,10 +203,7 @@ def day_facts(
     result, span = float(report.parts["result"]), len(report.days)
     facts = {"equity": f"{float(records.equity.iloc[-1]):,.2f}"}
     if day is not None:
-        paid = f", {day['paid_in']:+,.2f} paid in" if day["paid_in"] else ""
-        parts = f"price {day['price']:+,.2f}, fees {day['fees']:+,.2f}, funding {day['funding']:+,.2f}{paid}"
-        facts["the day"] = f"{day['pnl']:+,.2f} ({day['returns']:+.2%}): {parts}"
-        facts["trades closed"] = f"{day['trades']:.0f}, {day['won']:.0f} won"
+        facts |= _day_lines(day)
     facts[f"last {span} days" if span > 1 else "one day"] = (
         f"{result:+,.2f} ({report.metrics['total_return']:+.2%}), deepest drawdown {fall:.2%}")
     book = f"{held['gross']:.0%} gross, {round(held['net'], 2) + 0.0:+.0%} net"
@@ -206,6 +219,14 @@ def day_facts(
 LONGEST = 1500  # characters of the short form
 
 
+def _cut(text: str) -> str:  # at most `LONGEST` characters
+    "A text, cut at the end of a line where it is too long."
+    if len(text) <= LONGEST:
+        return text
+    rest = "… and more, see the page"
+    return text[: LONGEST - len(rest) - 1].rpartition("\n")[0] + "\n" + rest
+
+# %% ../../nbs/ops/26_report.ipynb #04b6f2c0
 def short_form(
     report: DailyReport,
     remarks: Sequence[str],  # as `report_remarks` gives them
@@ -216,13 +237,9 @@ def short_form(
     card = [f"{name} {row['value']} (goal {row['goal']}: {row['verdict']})" for name, row in report.scorecard.iterrows()]
     goals = [f"scorecard: {', '.join(card)}"] if report.records.has_traded else []
     lines = [title, *facts, *goals, *([f"! {remark}" for remark in remarks] or ["nothing needs anybody's attention"])]
-    text = "\n".join(lines)
-    if len(text) <= LONGEST:
-        return text
-    rest = "… and more, see the page"
-    return text[: LONGEST - len(rest) - 1].rpartition("\n")[0] + "\n" + rest
+    return _cut("\n".join(lines))
 
-
+# %% ../../nbs/ops/26_report.ipynb #22cb3082
 def report_figures(
     report: DailyReport,
 ) -> dict[str, float | None]:

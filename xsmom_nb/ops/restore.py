@@ -43,6 +43,34 @@ def require_whole(
     return check_copy(copy)
 
 # %% ../../nbs/ops/29_restore.ipynb #f0584d28
+def _settle(database: Path) -> None:
+    "Put all of a closed database into its one file, and that file on the disk."
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.execute("PRAGMA journal_mode=DELETE")  # everything in one file
+    descriptor = os.open(database, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+# %% ../../nbs/ops/29_restore.ipynb #078d0bdb
+def _bring_up(temporary: Path, copy: Path, kind: str, told: str, now_ms: int) -> list[str]:  # what does not hold together
+    "Migrate the copy of a backup; raises `StateError` for one that this program cannot read."
+    url = f"sqlite:///{temporary}"
+    try:
+        if kind == "paper":
+            open_database(url, account_file.MIGRATIONS, key="paper.account_url", must_exist=True).close()
+            return []
+        with open_state(url, must_exist=True) as state:
+            problems = check(state)
+            with state.write() as connection:
+                emit(connection, now_ms, "WARNING", "restored", told, data={"backup": copy.name})
+            return problems
+    except StateError as error:
+        raise StateError(str(error).replace(str(temporary), str(copy))) from error
+
+# %% ../../nbs/ops/29_restore.ipynb #ef1ffde5
 def _prepare(
     copy: Path,
     temporary: Path,  # on the file system of the target
@@ -52,29 +80,20 @@ def _prepare(
 ) -> list[str]:  # what does not hold together in it
     "Copy a backup and bring it up to date; raises `StateError` for one that this program cannot read."
     shutil.copyfile(copy, temporary)
-    url = f"sqlite:///{temporary}"
-    try:
-        if kind == "paper":
-            open_database(url, account_file.MIGRATIONS, key="paper.account_url", must_exist=True).close()
-            problems = []
-        else:
-            with open_state(url, must_exist=True) as state:
-                problems = check(state)
-                with state.write() as connection:
-                    emit(connection, now_ms, "WARNING", "restored", told, data={"backup": copy.name})
-    except StateError as error:
-        raise StateError(str(error).replace(str(temporary), str(copy))) from error
-    with closing(sqlite3.connect(temporary)) as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        connection.execute("PRAGMA journal_mode=DELETE")  # everything in one file
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    problems = _bring_up(temporary, copy, kind, told, now_ms)
+    _settle(temporary)
     return problems
 
-# %% ../../nbs/ops/29_restore.ipynb #23762601
+# %% ../../nbs/ops/29_restore.ipynb #d20df5bd
+def _leases(path: Path) -> list:  # of `Lease`
+    "The leases in a state; none where it cannot be read, since then it gives nobody a lease."
+    if not path.is_file():
+        return []
+    with suppress(StateError), open_state(f"sqlite:///{path}") as state, state.read() as connection:
+        return read_leases(connection)
+    return []
+
+# %% ../../nbs/ops/29_restore.ipynb #c70da15f
 ROLES = ("trader", "guard", "watchdog")
 
 
@@ -97,16 +116,7 @@ def nobody_works(
                 raise RefusedError(f"the {lease.name} works with {path}: {lease}; end it first; nothing was changed")
         yield
 
-
-def _leases(path: Path) -> list:  # of `Lease`
-    "The leases in a state; none where it cannot be read, since then it gives nobody a lease."
-    if not path.is_file():
-        return []
-    with suppress(StateError), open_state(f"sqlite:///{path}") as state, state.read() as connection:
-        return read_leases(connection)
-    return []
-
-
+# %% ../../nbs/ops/29_restore.ipynb #23762601
 def close_log(
     path: Path,  # of a database, which may be damaged
 ) -> bool:  # whether it could be read
@@ -121,7 +131,7 @@ def close_log(
                                "nothing was changed") from error
         return False
 
-# %% ../../nbs/ops/29_restore.ipynb #722eff8e
+# %% ../../nbs/ops/29_restore.ipynb #7047788e
 @dataclass(frozen=True)
 class Restored:
     "A file that was brought back."
@@ -133,7 +143,7 @@ class Restored:
     rows: Mapping[str, int]  # by table
     problems: Sequence[str]  # of a state, as `xsmom state check` says them
 
-
+# %% ../../nbs/ops/29_restore.ipynb #f63c923f
 def belonging(
     copy: Path,
     config: Config,
@@ -161,7 +171,46 @@ def _swap(
     os.replace(temporary, target)
     sync_folder(target.parent)
 
-# %% ../../nbs/ops/29_restore.ipynb #0f627a94
+# %% ../../nbs/ops/29_restore.ipynb #f4936e5c
+def _forget(temporary: Path) -> None:
+    "Delete a temporary database with its log."
+    for ending in ("", "-wal", "-shm"):
+        temporary.with_name(temporary.name + ending).unlink(missing_ok=True)
+
+# %% ../../nbs/ops/29_restore.ipynb #adc73abe
+def _places(config: Config, project: Path) -> dict[str, Path]:  # file by kind
+    "Where the databases of an account lie."
+    places = {"state": sqlite_path(config.live.state_url, project, "live.state_url")}
+    if config.live.mode == "paper":
+        places["paper"] = sqlite_path(config.paper.account_url, project, "paper.account_url")
+    return places
+
+# %% ../../nbs/ops/29_restore.ipynb #86c2e683
+@dataclass(frozen=True)
+class _Ready:
+    "A backup that was prepared and waits beside its place."
+
+    kind: str  # state or paper
+    backup: Path
+    temporary: Path
+    problems: Sequence[str]
+
+
+def _make_ready(kind: str, backup: Path, place: Path, now_ms: int, stack: ExitStack) -> _Ready:
+    "Prepare a backup; what is left of that is deleted with the stack."
+    temporary = make_folder(place.parent) / f".{place.name}.{format_stamp(now_ms)}.restore"
+    stack.callback(_forget, temporary)
+    told = f"the {kind} was restored from {backup.name} at {format_utc(now_ms)}; the next cycle asks what it missed"
+    return _Ready(kind, backup, temporary, _prepare(backup, temporary, kind, told, now_ms))
+
+# %% ../../nbs/ops/29_restore.ipynb #2ddda240
+def _put_in_place(ready: _Ready, place: Path, stamp: str) -> Path | None:  # where the replaced file is; None: there was none
+    "Replace a file by what was prepared for it."
+    aside, there = place.with_name(f"{place.name}.replaced-{stamp}"), place.exists()
+    _swap(ready.temporary, place, aside)
+    return aside if there else None
+
+# %% ../../nbs/ops/29_restore.ipynb #d6a365a7
 def restore(
     copy: Path,  # a backup
     config: Config,  # of the account
@@ -170,9 +219,7 @@ def restore(
     on_step: Callable[[str], None] = lambda step: None,  # is told what was done, for tests that stop there
 ) -> list[Restored]:
     "Bring back a backup; raises `RefusedError`, `StateError`, `IntegrityError`, and then nothing was changed."
-    places = {"state": sqlite_path(config.live.state_url, project, "live.state_url")}
-    if config.live.mode == "paper":
-        places["paper"] = sqlite_path(config.paper.account_url, project, "paper.account_url")
+    places = _places(config, project)
     wanted, stamp, done = belonging(copy, config), format_stamp(now_ms), list[Restored]()
     if wanted[0][0] not in places:
         raise StateError(f"{copy} is a paper account, and live.mode is {config.live.mode}: expected a backup of the state")
@@ -180,24 +227,13 @@ def restore(
     with nobody_works(places["state"], now_ms), ExitStack() as stack:
         ready = []
         for kind, file in wanted:
-            temporary = make_folder(places[kind].parent) / f".{places[kind].name}.{stamp}.restore"
-            stack.callback(_forget, temporary)
-            told = f"the {kind} was restored from {file.name} at {format_utc(now_ms)}; the next cycle asks what it missed"
-            ready.append((kind, file, temporary, _prepare(file, temporary, kind, told, now_ms)))
+            ready.append(_make_ready(kind, file, places[kind], now_ms, stack))
             on_step(f"prepared {kind}")
-        for kind, _, _, _ in ready:
-            if places[kind].exists():
-                close_log(places[kind])  # all are closed before the first is replaced
-        for kind, file, temporary, problems in ready:
-            aside = places[kind].with_name(f"{places[kind].name}.replaced-{stamp}")
-            there = places[kind].exists()
-            _swap(temporary, places[kind], aside)
-            on_step(f"replaced {kind}")
-            done.append(Restored(kind, file, places[kind], aside if there else None, rows[kind], problems))
+        for each in ready:
+            if places[each.kind].exists():
+                close_log(places[each.kind])  # all are closed before the first is replaced
+        for each in ready:
+            kept = _put_in_place(each, places[each.kind], stamp)
+            on_step(f"replaced {each.kind}")
+            done.append(Restored(each.kind, each.backup, places[each.kind], kept, rows[each.kind], each.problems))
     return done
-
-
-def _forget(temporary: Path) -> None:
-    "Delete a temporary database with its log."
-    for ending in ("", "-wal", "-shm"):
-        temporary.with_name(temporary.name + ending).unlink(missing_ok=True)

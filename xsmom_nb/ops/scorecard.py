@@ -30,29 +30,37 @@ def paid_in(
     inside = (ledger["kind"] == "transfer") & (ledger["time_ms"] > start_ms) & (ledger["time_ms"] <= end_ms)
     return float(ledger.loc[inside, "amount"].sum())
 
-
+# %% ../../nbs/ops/21_scorecard.ipynb #821faf78
 def times_of(
     equity: pd.Series,  # by time (UTC)
 ) -> np.ndarray:  # UTC ms
     "The times of the readings."
     return pd.DatetimeIndex(equity.index).as_unit("ms").asi8
 
+# %% ../../nbs/ops/21_scorecard.ipynb #318c2a6f
+def _payments_by_bar(
+    records: Records,
+    bars: np.ndarray,  # number of the bar of each reading, ascending
+) -> np.ndarray:  # quote currency, one for each bar from the first to the last
+    "What was paid in or out by the time of each bar's reading."
+    moves = records.ledger[records.ledger["kind"] == "transfer"]
+    times_ms = times_of(records.equity)
+    paid = np.zeros(bars[-1] - bars[0] + 1)
+    arrives = np.minimum(np.searchsorted(times_ms, moves["time_ms"].to_numpy(dtype=np.int64)), times_ms.size - 1)
+    np.add.at(paid, bars[arrives] - bars[0], moves["amount"].to_numpy(dtype=float))
+    return paid
 
+# %% ../../nbs/ops/21_scorecard.ipynb #398d7e22
 def earned_by_bar(
     records: Records,
 ) -> pd.DataFrame:  # a row a bar, by its time (UTC): equity, returns
     "Equity and return of every bar between the first reading and the last."
     if len(records.equity) < 2:
         return pd.DataFrame({"equity": [], "returns": []}, index=pd.DatetimeIndex([], tz="UTC", name="timestamp"), dtype=float)
-    times_ms = times_of(records.equity)
-    bars = times_ms // records.step_ms
+    bars = times_of(records.equity) // records.step_ms
     grid = np.arange(bars[0], bars[-1] + 1)
-    place = np.searchsorted(bars, grid, side="right") - 1
-    worth = records.equity.to_numpy()[place]
-    moves = records.ledger[records.ledger["kind"] == "transfer"]
-    paid = np.zeros(grid.size)
-    arrives = np.minimum(np.searchsorted(times_ms, moves["time_ms"].to_numpy(dtype=np.int64)), times_ms.size - 1)
-    np.add.at(paid, bars[arrives] - grid[0], moves["amount"].to_numpy(dtype=float))
+    worth = records.equity.to_numpy()[np.searchsorted(bars, grid, side="right") - 1]
+    paid = _payments_by_bar(records, bars)
     before = np.where(worth[:-1] > 0.0, worth[:-1], np.nan)
     returns = np.concatenate([[0.0], np.nan_to_num((worth[1:] - paid[1:]) / before - 1.0)])  # 0 after a total loss
     index = pd.to_datetime(grid * records.step_ms, unit="ms", utc=True).rename("timestamp")
@@ -68,7 +76,7 @@ def due_cycles(
     start_ms = max(records.start_ms, records.first_ms // records.step_ms * records.step_ms)
     return max(0, (records.end_ms - start_ms) // records.step_ms)
 
-
+# %% ../../nbs/ops/21_scorecard.ipynb #8bacf949
 def taken_cycles(
     records: Records,
 ) -> int:
@@ -77,7 +85,7 @@ def taken_cycles(
     inside = times_ms[(times_ms >= records.start_ms) & (times_ms < records.end_ms)]
     return int(np.unique(inside // records.step_ms).size)
 
-
+# %% ../../nbs/ops/21_scorecard.ipynb #c2764c59
 def uptime(
     records: Records,
 ) -> float | None:  # a share; None when none was due
@@ -97,10 +105,6 @@ def account_metrics(
     return {**curve, **trade_metrics(records.trades), "uptime": uptime(records), "days": returns.size * records.step_ms / DAY_MS}
 
 # %% ../../nbs/ops/21_scorecard.ipynb #59e76475
-RATIOS = ("sharpe", "calmar")  # that need some days
-WORDS = {"sharpe": "Sharpe", "max_drawdown": "drawdown", "calmar": "Calmar", "hit_rate": "hit rate", "uptime": "uptime"}
-
-
 def goals_of(
     report: Report,  # the section of the config
 ) -> dict[str, tuple[float, str]]:  # by metric: a figure, and `above` or `below`
@@ -108,6 +112,10 @@ def goals_of(
     return {"sharpe": (report.min_sharpe, "above"), "max_drawdown": (report.max_drawdown_pct / 100, "below"),
             "calmar": (report.min_calmar, "above"), "hit_rate": (report.min_hit_rate_pct / 100, "above"),
             "uptime": (report.min_uptime_pct / 100, "above")}
+
+# %% ../../nbs/ops/21_scorecard.ipynb #d13fd5fc
+RATIOS = ("sharpe", "calmar")  # that need some days
+WORDS = {"sharpe": "Sharpe", "max_drawdown": "drawdown", "calmar": "Calmar", "hit_rate": "hit rate", "uptime": "uptime"}
 
 
 def written(
@@ -119,7 +127,7 @@ def written(
         return "-"
     return f"{value:.2f}" if name in RATIOS else f"{100 * value:.1f} %"
 
-
+# %% ../../nbs/ops/21_scorecard.ipynb #9f39b0a0
 def account_scorecard(
     metrics: dict[str, Any],  # as `account_metrics` gives them
     report: Report,

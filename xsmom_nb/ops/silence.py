@@ -32,7 +32,7 @@ class Silence:
     ended: tuple[str, ...]  # those that are back
     lasting: tuple[str, ...]  # those that were told of before
 
-
+# %% ../../nbs/ops/24_silence.ipynb #f8dcaa36
 def silent_since(
     connection: Connection,
     config: Config,
@@ -42,7 +42,20 @@ def silent_since(
     return {each.process: (each.time_ms, each.step) for each in heartbeats(connection)
             if each.age_seconds(now_ms) > silence_limit(each.process, config)}
 
-# %% ../../nbs/ops/24_silence.ipynb #f8dcaa36
+# %% ../../nbs/ops/24_silence.ipynb #629927d2
+def _tell_begun(connection: Connection, process: str, last_ms: int, step: str, config: Config, now_ms: int) -> None:
+    "Write that a process has fallen silent."
+    age, limit = duration((now_ms - last_ms) / 1000), duration(silence_limit(process, config))
+    text = f"the {process} is silent since {format_utc(last_ms)} ({age}, allowed are {limit}); its last step: {step}"
+    emit(connection, now_ms, "CRITICAL", "silence", text, data={"process": process, "since_ms": last_ms})
+
+# %% ../../nbs/ops/24_silence.ipynb #2aad3660
+def _tell_ended(connection: Connection, process: str, since_ms: int, now_ms: int) -> None:
+    "Write that a process is back."
+    text = f"the {process} is back; it was silent from {format_utc(since_ms)} on"
+    emit(connection, now_ms, "INFO", "recovered", text, data={"process": process, "since_ms": since_ms})
+
+# %% ../../nbs/ops/24_silence.ipynb #5d64c5c6
 def look_for_silence(
     state: State,  # of the account
     config: Config,
@@ -64,16 +77,3 @@ def look_for_silence(
             since = {process: told.get(process, silent[process][0]) for process in sorted(silent)}
             save_memory(connection, SILENCE, since, now_ms)
     return Silence(tuple(begun), tuple(ended), tuple(sorted(silent.keys() & told.keys())))
-
-
-def _tell_begun(connection: Connection, process: str, last_ms: int, step: str, config: Config, now_ms: int) -> None:
-    "Write that a process has fallen silent."
-    age, limit = duration((now_ms - last_ms) / 1000), duration(silence_limit(process, config))
-    text = f"the {process} is silent since {format_utc(last_ms)} ({age}, allowed are {limit}); its last step: {step}"
-    emit(connection, now_ms, "CRITICAL", "silence", text, data={"process": process, "since_ms": last_ms})
-
-
-def _tell_ended(connection: Connection, process: str, since_ms: int, now_ms: int) -> None:
-    "Write that a process is back."
-    text = f"the {process} is back; it was silent from {format_utc(since_ms)} on"
-    emit(connection, now_ms, "INFO", "recovered", text, data={"process": process, "since_ms": since_ms})

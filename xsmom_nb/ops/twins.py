@@ -23,19 +23,19 @@ from ..market.panel import Panel
 from ..ports import Account, Fill, OrderRequest, Position
 
 # %% auto #0
-__all__ = ['Moved', 'Place', 'EQUITY_TOLERANCE', 'PRICE_TOLERANCE', 'on_paper', 'on_simulator', 'Hours', 'trade_hours',
+__all__ = ['Moved', 'Place', 'PRICE_TOLERANCE', 'EQUITY_TOLERANCE', 'on_paper', 'on_simulator', 'Hours', 'trade_hours',
            'hours_apart', 'Twins', 'compare_hours']
 
 # %% ../../nbs/ops/03_twins.ipynb #27c41be3
-Moved = tuple[Desk, Callable[[int], Any]]  # a desk, and what moves its clock by so many ms
-Place = Callable[[Config, Panel, int, Path], AbstractContextManager[Moved]]
-
-
 def _at_home(config: Config, folder: Path, **changes: Any) -> Config:
     "A config whose state and account lie in a folder."
     places = {"live.state_url": f"sqlite:///{folder}/state.sqlite", "paper.account_url": f"sqlite:///{folder}/paper.sqlite"}
     more = {"live.emergency_stop_file": f"{folder}/STOP", "live.bar_wait_seconds": 0.0, "live.mode": "paper"}
     return with_values(config, {**places, **more, **changes})
+
+# %% ../../nbs/ops/03_twins.ipynb #293a3cf5
+Moved = tuple[Desk, Callable[[int], Any]]  # a desk, and what moves its clock by so many ms
+Place = Callable[[Config, Panel, int, Path], AbstractContextManager[Moved]]
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def on_paper(
     with open_desk(_at_home(config, folder), panel, now_ms=start_ms, base=folder) as desk:
         yield desk, desk.clock.advance  # type: ignore[attr-defined]  # a simulated one, since a time was given
 
-
+# %% ../../nbs/ops/03_twins.ipynb #211f5585
 @contextmanager
 def on_simulator(
     config: Config,
@@ -64,7 +64,7 @@ def on_simulator(
         with open_desk(there, base=folder) as desk:
             yield desk, lambda ms: simulator.pace.move(simulator.pace.now_ms() + ms)
 
-# %% ../../nbs/ops/03_twins.ipynb #293a3cf5
+# %% ../../nbs/ops/03_twins.ipynb #9c286887
 class Hours(NamedTuple):
     "What came of some hours on one exchange."
 
@@ -75,14 +75,14 @@ class Hours(NamedTuple):
     positions: tuple[Position, ...]  # at the end
     seconds: float
 
-
+# %% ../../nbs/ops/03_twins.ipynb #b38a6432
 class _Nowhere:
     "Keeps nothing; the cycle wants a recorder."
 
     def record(self, decided: Decided) -> None:
         pass
 
-
+# %% ../../nbs/ops/03_twins.ipynb #fb150207
 _HOUR_MS = 3_600_000
 
 
@@ -106,21 +106,35 @@ def trade_hours(
         fills, positions = list(desk.port.fetch_fills(start_ms)), tuple(desk.port.fetch_positions())
     return Hours(wanted, outcomes, fills, accounts, positions, time.perf_counter() - begin)
 
-# %% ../../nbs/ops/03_twins.ipynb #211f5585
-EQUITY_TOLERANCE, PRICE_TOLERANCE = Decimal("1e-6"), Decimal("1e-9")  # quote currency; a share
-
-
+# %% ../../nbs/ops/03_twins.ipynb #2872751a
 def _told(fills: list[Fill]) -> list[tuple[Any, ...]]:
     "Fills without the names that an exchange gives, in an order that is the same everywhere."
     return sorted((each.time_ms, each.link_id, each.symbol, each.side, each.quantity, each.price, each.fee, each.is_maker)
                   for each in fills)
 
-
+# %% ../../nbs/ops/03_twins.ipynb #59a172d7
 def _first_apart(what: str, ours: list[Any], theirs: list[Any]) -> list[str]:
     "Where two lists begin to differ."
     pairs = enumerate(zip_longest(ours, theirs))
     apart = next(((i, ours, theirs) for i, (ours, theirs) in pairs if ours != theirs), None)
     return [f"{what} {apart[0]}: on paper {apart[1]}, on the simulator {apart[2]}"] if apart else []
+
+# %% ../../nbs/ops/03_twins.ipynb #ccde3be0
+PRICE_TOLERANCE = Decimal("1e-9")  # a share
+
+
+def _positions_apart(paper: tuple[Position, ...], simulator: tuple[Position, ...]) -> list[str]:
+    "What is held in the end, and at which price."
+    same = ("symbol", "quantity", "mark_price", "stop_price")
+    rows = ([tuple(getattr(each, name) for name in same) for each in held] for held in (paper, simulator))
+    if found := _first_apart("position", *rows):
+        return found
+    pairs = zip(paper, simulator, strict=True)
+    return [f"average price of {ours.symbol}: on paper {ours.average_price}, on the simulator {theirs.average_price}"
+            for ours, theirs in pairs if abs(ours.average_price / theirs.average_price - 1) >= PRICE_TOLERANCE]
+
+# %% ../../nbs/ops/03_twins.ipynb #33fb1c9a
+EQUITY_TOLERANCE = Decimal("1e-6")  # quote currency
 
 
 def hours_apart(
@@ -136,18 +150,7 @@ def hours_apart(
     found += [f"equity after hour {i}: on paper {equities[0][i]}, on the simulator {equities[1][i]}" for i in far[:1]]
     return found + _positions_apart(paper.positions, simulator.positions)
 
-
-def _positions_apart(paper: tuple[Position, ...], simulator: tuple[Position, ...]) -> list[str]:
-    "What is held in the end, and at which price."
-    same = ("symbol", "quantity", "mark_price", "stop_price")
-    rows = ([tuple(getattr(each, name) for name in same) for each in held] for held in (paper, simulator))
-    if found := _first_apart("position", *rows):
-        return found
-    pairs = zip(paper, simulator, strict=True)
-    return [f"average price of {ours.symbol}: on paper {ours.average_price}, on the simulator {theirs.average_price}"
-            for ours, theirs in pairs if abs(ours.average_price / theirs.average_price - 1) >= PRICE_TOLERANCE]
-
-# %% ../../nbs/ops/03_twins.ipynb #9c286887
+# %% ../../nbs/ops/03_twins.ipynb #a59b7473
 class Twins(NamedTuple):
     "The same hours on both."
 
@@ -161,7 +164,7 @@ class Twins(NamedTuple):
         return (f"{hours} hours, {orders} orders, {fills} fills: {verdict}; paper {self.paper.seconds:.0f} s, "
                 f"simulator {self.simulator.seconds:.0f} s, equity {self.simulator.accounts[-1].equity}")
 
-
+# %% ../../nbs/ops/03_twins.ipynb #03852282
 def compare_hours(
     config: Config,
     panel: Panel,
