@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['CHUNK', 'CURSOR', 'LIMITED_SECONDS', 'Ending', 'read_events', 'assign', 'waiting', 'last_told', 'spent', 'batches',
            'compose', 'Pending', 'pending', 'RouteState', 'route_state', 'keep_route', 'route_after', 'note_route',
-           'begin_sending', 'conclude', 'finish', 'recover', 'forget', 'Standing', 'standing']
+           'begin_sending', 'conclude', 'finish', 'recover', 'try_broken', 'forget', 'Standing', 'standing']
 
 # %% ../../nbs/ops/10d_deliveries.ipynb #3b4b0245
 CHUNK = 200  # rows that one transaction touches
@@ -370,10 +370,20 @@ def recover(
     with state.write() as connection:
         doubtful = connection.execute(sql("UPDATE messages SET status = 'waiting', in_doubt = 1, last_error = 'its sender ended "
                                           "while it was on the way' WHERE status = 'sending'")).rowcount
-        connection.execute(sql("UPDATE routes SET next_ms = 0 WHERE broken_ms IS NOT NULL"))
     _retire(state, rules, now_ms)
     finish(state, now_ms)
     return int(doubtful)
+
+# %% ../../nbs/ops/10d_deliveries.ipynb #e3fd53d9
+def try_broken(
+    connection: Connection,  # inside a writing transaction
+    routes: Iterable[str] | None = None,  # None: all of them
+) -> None:
+    "Let broken routes be tried at once."
+    if routes is None:
+        connection.execute(sql("UPDATE routes SET next_ms = 0 WHERE broken_ms IS NOT NULL"))
+    elif rows := [{"route": route} for route in routes]:
+        connection.execute(sql("UPDATE routes SET next_ms = 0 WHERE route = :route AND broken_ms IS NOT NULL"), rows)
 
 # %% ../../nbs/ops/10d_deliveries.ipynb #9fed256c
 def _bound_events(connection: Connection, message_id: int) -> list[int]:  # ids

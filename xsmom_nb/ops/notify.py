@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..clock import DAY_MS, Clock
-from ..database import sql
 from ..lease import Lease, renew
 from ..operations import Notify
 from .channels import Answer, deliver, is_discord
@@ -35,12 +35,13 @@ from xsmom_nb.ops.deliveries import (
     route_state,
     spent,
     standing,
+    try_broken,
     waiting,
 )
 from .folding import MINUTE_MS, Plan, plan
 from .message import Form
 from ..outbox import Event, Level, beat
-from ..state import State
+from ..state import State, load_memory, save_memory
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # %% auto #0
-__all__ = ['Planned', 'BEAT_MS', 'next_message', 'Office', 'attempt', 'serve', 'drain', 'pulse', 'keep_draining', 'samples']
+__all__ = ['Planned', 'ADDRESSES', 'BEAT_MS', 'next_message', 'try_renewed', 'Office', 'attempt', 'serve', 'drain', 'pulse',
+           'keep_draining', 'samples']
 
 # %% ../../nbs/ops/10e_notify.ipynb #44cdf215
 Planned = list[tuple[Form, tuple[Event, ...]]]  # what is left of a plan
@@ -86,6 +88,24 @@ def next_message(
         return pending(connection, route)
 
 # %% ../../nbs/ops/10e_notify.ipynb #4adcc066
+ADDRESSES = "notify_addresses"  # under which digests of the addresses are kept, by route
+
+
+def try_renewed(
+    state: State,
+    urls: Mapping[str, str],  # by route, as they are now
+    now_ms: int,  # UTC ms
+) -> None:
+    "Let broken routes be tried at once whose address is not that of the look before, whoever took it."
+    digests = {route: hashlib.sha256(url.encode()).hexdigest()[:16] for route, url in urls.items()}
+    with state.read() as connection:
+        before = load_memory(connection, ADDRESSES)
+    if digests != before:
+        with state.write() as connection:
+            try_broken(connection, [route for route, digest in digests.items() if digest != (before or {}).get(route)])
+            save_memory(connection, ADDRESSES, digests, now_ms)
+
+# %% ../../nbs/ops/10e_notify.ipynb #c6fb8c66
 @dataclass
 class Office:
     "What it takes to tell people."
@@ -109,13 +129,8 @@ class Office:
 
     def look(self) -> int:  # how many events were handed out
         "Read the addresses, and hand out what has happened."
-        now = {route: secret.get_secret_value() for route, secret in self.addresses().items()}
-        changed = [route for route, url in now.items() if self.urls.get(route) != url]
-        self.urls = now
-        if changed:
-            with self.state.write() as connection:
-                connection.execute(sql("UPDATE routes SET next_ms = 0 WHERE route = :route AND broken_ms IS NOT NULL"),
-                                   [{"route": route} for route in changed])
+        self.urls = {route: secret.get_secret_value() for route, secret in self.addresses().items()}
+        try_renewed(self.state, self.urls, self.clock.now_ms())
         count = assign(self.state, self.rules, self.clock.now_ms())
         self.handed, self.behind = self.handed + count, count == CHUNK
         return count
@@ -264,6 +279,8 @@ async def keep_draining(
 ) -> None:
     "Tell everything as it happens, until the end; raises `StateError`, and `RefusedError` when the lease was lost."
     recover(office.state, office.rules, office.clock.now_ms())
+    with office.state.write() as connection:
+        try_broken(connection)
     office.look()
     async with _session() as session:
         tasks = [asyncio.create_task(_work(office, route, session, stop)) for route in office.routes]
