@@ -408,7 +408,7 @@ def forget(
     state: State,
     rules: Notify,
     now_ms: int,  # UTC ms
-) -> int:  # messages
+) -> None:
     "Forget messages that ended long ago."
     query = "SELECT message_id FROM messages WHERE status IN ('sent', 'given_up') AND updated_ms < :before ORDER BY message_id"
     with state.read() as connection:
@@ -416,7 +416,6 @@ def forget(
         bound = {each: _bound_events(connection, each) for each in old}
     for message_id, event_ids in bound.items():
         _forget_message(state, message_id, event_ids)
-    return len(old)
 
 # %% ../../nbs/ops/10d_deliveries.ipynb #850d806d
 @dataclass(frozen=True)

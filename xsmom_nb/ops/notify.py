@@ -217,6 +217,7 @@ async def drain(
             while office.look() == CHUNK:
                 pass
             await asyncio.gather(*(serve(office, route, session, patience_seconds) for route in office.routes))
+    forget(office.state, office.rules, office.clock.now_ms())
 
 # %% ../../nbs/ops/10e_notify.ipynb #5bb66449
 def pulse(
