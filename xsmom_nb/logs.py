@@ -5,6 +5,7 @@
 # %% ../nbs/06_logs.ipynb #81dfa39c
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -59,10 +60,11 @@ def drop_old_logs(
 
 # %% ../nbs/06_logs.ipynb #285bcb83
 def _append(path: Path, content: bytes) -> None:
-    "Append to a file by one `write`; raises `OSError`."
+    "Append to a file by one `write`; raises `OSError`, also where only a part of the line found room."
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
     try:
-        os.write(file, content)
+        if os.write(file, content) < len(content):
+            raise OSError(errno.ENOSPC, "only a part of the line was written")
     finally:
         os.close(file)
 
