@@ -530,6 +530,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'xsmom_nb.cli_data.report_as_json': ('cli_data.html#report_as_json', 'xsmom_nb/cli_data.py'),
                                    'xsmom_nb.cli_data.verdict_of': ('cli_data.html#verdict_of', 'xsmom_nb/cli_data.py')},
             'xsmom_nb.cli_deploy': { 'xsmom_nb.cli_deploy._configs': ('cli_deploy.html#_configs', 'xsmom_nb/cli_deploy.py'),
+                                     'xsmom_nb.cli_deploy._history_as_json': ('cli_deploy.html#_history_as_json', 'xsmom_nb/cli_deploy.py'),
                                      'xsmom_nb.cli_deploy._line_as_json': ('cli_deploy.html#_line_as_json', 'xsmom_nb/cli_deploy.py'),
                                      'xsmom_nb.cli_deploy._person': ('cli_deploy.html#_person', 'xsmom_nb/cli_deploy.py'),
                                      'xsmom_nb.cli_deploy._print_history': ('cli_deploy.html#_print_history', 'xsmom_nb/cli_deploy.py'),
