@@ -628,6 +628,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'xsmom_nb.cli_resume.resume': ('cli_resume.html#resume', 'xsmom_nb/cli_resume.py'),
                                      'xsmom_nb.cli_resume.resume_account': ('cli_resume.html#resume_account', 'xsmom_nb/cli_resume.py')},
             'xsmom_nb.cli_rollout': { 'xsmom_nb.cli_rollout._cell': ('cli_rollout.html#_cell', 'xsmom_nb/cli_rollout.py'),
+                                      'xsmom_nb.cli_rollout._print_unwatched': ( 'cli_rollout.html#_print_unwatched',
+                                                                                 'xsmom_nb/cli_rollout.py'),
                                       'xsmom_nb.cli_rollout.print_ruling': ('cli_rollout.html#print_ruling', 'xsmom_nb/cli_rollout.py'),
                                       'xsmom_nb.cli_rollout.rollout': ('cli_rollout.html#rollout', 'xsmom_nb/cli_rollout.py'),
                                       'xsmom_nb.cli_rollout.ruling_as_json': ( 'cli_rollout.html#ruling_as_json',
