@@ -904,6 +904,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'xsmom_nb.deployments': { 'xsmom_nb.deployments.Deployment': ('deployments.html#deployment', 'xsmom_nb/deployments.py'),
                                       'xsmom_nb.deployments.Step': ('deployments.html#step', 'xsmom_nb/deployments.py'),
                                       'xsmom_nb.deployments._apply': ('deployments.html#_apply', 'xsmom_nb/deployments.py'),
+                                      'xsmom_nb.deployments._change_rows': ('deployments.html#_change_rows', 'xsmom_nb/deployments.py'),
                                       'xsmom_nb.deployments._enter': ('deployments.html#_enter', 'xsmom_nb/deployments.py'),
                                       'xsmom_nb.deployments._insert': ('deployments.html#_insert', 'xsmom_nb/deployments.py'),
                                       'xsmom_nb.deployments._line': ('deployments.html#_line', 'xsmom_nb/deployments.py'),
