@@ -152,6 +152,18 @@ def health(
         raise typer.Exit(1)
 
 # %% ../nbs/95m_cli_health.ipynb #042e4322
+def _report_parameters(config: Config, date: str | None, account: str | None, days: int | None, quiet: bool) -> dict[str, Any]:
+    "What the notebook is given; raises `UsageError` for a day that is none, or has not begun by the account's clock."
+    from xsmom_nb.ops.records import account_now_ms
+    from xsmom_nb.ops.report import report_period
+    from xsmom_nb.runs.execute import find_project
+    from xsmom_nb.runs.rehearsal import account_config
+
+    own = account_config(config, account) if account else config
+    report_period(date or "", days or config.report.days, account_now_ms(own, find_project(), account is not None))
+    return {"date": date or "", "account": account or "", "days": days or 0, "tell": not quiet}
+
+# %% ../nbs/95m_cli_health.ipynb #edc5b228
 @app.command("report", epilog=examples(
     "xsmom report                             # yesterday, by the clock of the account",
     "xsmom report --date 2025-03-31 --account month",
@@ -169,16 +181,8 @@ def report(
     import json
 
     from xsmom_nb.cli_launch import launch
-    from xsmom_nb.ops.records import account_now_ms
-    from xsmom_nb.ops.report import report_period
-    from xsmom_nb.runs.execute import find_project
-    from xsmom_nb.runs.rehearsal import account_config
 
     effective = runnable_config(config, settings)
-    own = account_config(effective, account) if account else effective
-    now_ms = account_now_ms(own, find_project(), account is not None)
-    report_period(date or "", days or effective.report.days, now_ms)
-    parameters = {"date": date or "", "account": account or "", "days": days or 0, "tell": not quiet}
-    run = launch("daily_report", parameters, effective, as_json)
+    run = launch("daily_report", _report_parameters(effective, date, account, days, quiet), effective, as_json)
     if not as_json:
         typer.echo("\n" + json.loads((run.folder / "outputs" / "report.json").read_bytes())["text"])
