@@ -94,8 +94,9 @@ def rollout(
             _print_unwatched(current, as_json)
             return
         ruling = step_rollout(state, folder, facts, now_ms) if step else rule_on(current, version, facts, now_ms)
-    if ruling is None:
-        return
+        if ruling is None:  # somebody took the version back while it was measured
+            _print_unwatched(read_current(state, folder), as_json)
+            return
     if as_json:
         print_json(ruling_as_json(version, ruling, step))
     else:
