@@ -26,6 +26,7 @@ from xsmom_nb.options import (
 
 if TYPE_CHECKING:
     from xsmom_nb.config import Config
+    from xsmom_nb.market.panel import Panel
     from xsmom_nb.market.quality import QualityReport
     from xsmom_nb.market.store import Store
     from xsmom_nb.market.sync import Imported
@@ -61,7 +62,7 @@ def _fate(
     left_out = "".join(f"; {reason}: {count}" for reason, count in imported.refused_rows.items())
     return f"{imported.new:,} new bars, {imported.changed:,} changed, of {imported.rows:,} rows{left_out}"
 
-
+# %% ../nbs/92_cli_data.ipynb #dc677950
 def _tell(imported: Imported) -> None:
     "Write a line about a file as soon as it is done."
     typer.echo(f"{imported.symbol}: {_fate(imported)}")
@@ -104,23 +105,13 @@ def import_data(
         raise DataError(f"{len(failed)} of {len(files)} files were not imported: {', '.join(failed)}; the reasons are above")
 
 # %% ../nbs/92_cli_data.ipynb #3dc7656c
-def quality_report(
-    config: Config,  # `quality`, `paths`
-    data: str | None,  # --data
-    dataset: str | None,  # --dataset
-    timeframe: str,  # of the bars
-) -> QualityReport:
-    "What the checks find in the data that the options mean; the synthetic market where there is none."
+def _check_panel(config: Config, panel: Panel, timeframe: str) -> QualityReport:
+    "What the checks find in a panel that has no files."
     import pandas as pd
 
     from xsmom_nb.market.panel import FIELDS
-    from xsmom_nb.market.quality import QualityReport, check_bars, check_store
-    from xsmom_nb.market.synthetic import open_panel
+    from xsmom_nb.market.quality import QualityReport, check_bars
 
-    store = market_store(config, data, dataset, timeframe)
-    if store is not None:
-        return check_store(store, timeframe, config.quality)
-    panel = open_panel(config, data, dataset, timeframe)
     newest, rows, findings = int(panel.open_time_ms[-1]), 0, []
     for i, symbol in enumerate(panel.symbols):
         bars = pd.DataFrame({"timestamp": panel.index, **{name: getattr(panel, name)[:, i] for name in FIELDS}}).dropna()
@@ -128,18 +119,34 @@ def quality_report(
         rows += len(bars)
     return QualityReport(panel.origin, timeframe, rows, panel.symbols, panel.without_funding, tuple(findings))
 
-# %% ../nbs/92_cli_data.ipynb #f1bde5be
+# %% ../nbs/92_cli_data.ipynb #8716be0b
+def quality_report(
+    config: Config,  # `quality`, `paths`
+    data: str | None,  # --data
+    dataset: str | None,  # --dataset
+    timeframe: str,  # of the bars
+) -> QualityReport:
+    "What the checks find in the data that the options mean; the synthetic market where there is none."
+    from xsmom_nb.market.quality import check_store
+    from xsmom_nb.market.synthetic import open_panel
+
+    store = market_store(config, data, dataset, timeframe)
+    if store is not None:
+        return check_store(store, timeframe, config.quality)
+    return _check_panel(config, open_panel(config, data, dataset, timeframe), timeframe)
+
+# %% ../nbs/92_cli_data.ipynb #9b0850d5
 SYNTHETIC_NOTICE = (
     "SYNTHETIC DATA: no market data was found, a random generator made these prices; nothing here says anything about a market"
 )
 
-
+# %% ../nbs/92_cli_data.ipynb #2362c910
 def verdict_of(report: QualityReport) -> str:
     "The worst verdict of a report: refused, reported or ok."
     found = {finding.verdict for finding in report.findings}
     return next((verdict for verdict in ("refused", "reported") if verdict in found), "ok")
 
-
+# %% ../nbs/92_cli_data.ipynb #b6c90004
 def checks_of(
     report: QualityReport,
 ) -> list[dict[str, Any]]:  # check, verdict, symbols, bars, first (ISO 8601 or None), most_in, detail
@@ -149,7 +156,7 @@ def checks_of(
     rows: list[dict[Any, Any]] = table.reset_index().to_dict("records")
     return [{**row, "first": first.get(row["check"])} for row in rows]
 
-
+# %% ../nbs/92_cli_data.ipynb #56ab3447
 def report_as_json(
     report: QualityReport,
 ) -> dict[str, Any]:
@@ -161,6 +168,13 @@ def report_as_json(
     }
 
 # %% ../nbs/92_cli_data.ipynb #8de26c7b
+def _minute(time_ms: int | None) -> str:
+    "A time as people read it, empty when there is none."
+    from xsmom_nb.clock import format_utc
+
+    return "" if time_ms is None else format_utc(time_ms)
+
+
 def print_report(
     report: QualityReport,
     by_symbol: bool = False,  # a line for each finding that is not in order, instead of one a check
@@ -179,11 +193,6 @@ def print_report(
         warn(SYNTHETIC_NOTICE)
 
 
-def _minute(time_ms: int | None) -> str:
-    "A time as people read it, empty when there is none."
-    from xsmom_nb.clock import format_utc
-
-    return "" if time_ms is None else format_utc(time_ms)
 
 # %% ../nbs/92_cli_data.ipynb #3682869f
 @app.command(
@@ -213,27 +222,27 @@ def check_data(
     report.raise_if_refused()
 
 # %% ../nbs/92_cli_data.ipynb #9f647fc0
+def _listed(store: Store, timeframe: str) -> dict[str, Any]:
+    "A dataset of one timeframe."
+    from xsmom_nb.clock import format_utc
+
+    symbols = store.symbols(timeframe)
+    spans = [span for symbol in symbols if (span := span_of(store, symbol, timeframe)) is not None]
+    return {"dataset": store.dataset, "timeframe": timeframe, "symbols": symbols,
+            "first": format_utc(min(span.first_ms for span in spans)) if spans else None,
+            "last": format_utc(max(span.last_ms for span in spans)) if spans else None,
+            "with_funding": len(set(store.symbols("funding")).intersection(symbols)),
+            "bytes": sum(store.path(symbol, timeframe).stat().st_size for symbol in symbols)}
+
+# %% ../nbs/92_cli_data.ipynb #64a3263d
 def list_datasets(
     root: Path,  # a data folder
 ) -> list[dict[str, Any]]:  # one for each dataset and timeframe
     "What a data folder holds; raises `DataError` when a file is torn."
-    from xsmom_nb.clock import format_utc
     from xsmom_nb.market.store import Store, datasets
 
-    found = []
-    for store in (Store(root, name) for name in datasets(root)):
-        funded = set(store.symbols("funding"))
-        for timeframe in store.timeframes():
-            symbols = store.symbols(timeframe)
-            spans = [span for symbol in symbols if (span := span_of(store, symbol, timeframe)) is not None]
-            found.append({
-                "dataset": store.dataset, "timeframe": timeframe, "symbols": symbols,
-                "first": format_utc(min(span.first_ms for span in spans)) if spans else None,
-                "last": format_utc(max(span.last_ms for span in spans)) if spans else None,
-                "with_funding": len(funded.intersection(symbols)),
-                "bytes": sum(store.path(symbol, timeframe).stat().st_size for symbol in symbols),
-            })
-    return found
+    stores = [Store(root, name) for name in datasets(root)]
+    return [_listed(store, timeframe) for store in stores for timeframe in store.timeframes()]
 
 # %% ../nbs/92_cli_data.ipynb #befb43ab
 @app.command("list", epilog=examples("xsmom data list", "xsmom data list --data ~/bars --json"))

@@ -28,6 +28,13 @@ __all__ = ['app', 'STEPS_SHOWN', 'opened_deployments', 'step_as_json', 'show_his
 app = new_app("Which config is live, and how that is changed.")
 
 # %% ../nbs/93b_cli_deploy.ipynb #a287b232
+def _configs() -> Path:
+    "The folder of the configs of the working tree."
+    from xsmom_nb.runs.execute import find_project
+
+    return find_project() / "configs"
+
+
 def _state_url() -> str:
     "`live.state_url` of the live config, or of the newest version that can be read; raises `ConfigError` for the former."
     from xsmom_nb.config import load_config
@@ -43,14 +50,7 @@ def _state_url() -> str:
                 continue
         raise
 
-
-def _configs() -> Path:
-    "The folder of the configs of the working tree."
-    from xsmom_nb.runs.execute import find_project
-
-    return find_project() / "configs"
-
-
+# %% ../nbs/93b_cli_deploy.ipynb #db365403
 @contextmanager
 def opened_deployments() -> Iterator[tuple[State, Path, int]]:
     "State, folder of the configs, and the time."
@@ -62,9 +62,6 @@ def opened_deployments() -> Iterator[tuple[State, Path, int]]:
         yield state, _configs(), SystemClock().now_ms()
 
 # %% ../nbs/93b_cli_deploy.ipynb #a9a5d2d4
-STEPS_SHOWN = 10  # the rest is in configs/changes.csv
-
-
 def _line_as_json(line: Line) -> dict[str, Any]:
     "A version for machines."
     from dataclasses import asdict
@@ -77,7 +74,7 @@ def _line_as_json(line: Line) -> dict[str, Any]:
     return {"version": line.version, "deployment": asdict(deployed) if deployed else None, "evidence": facts,
             "trouble": line.trouble or None}
 
-
+# %% ../nbs/93b_cli_deploy.ipynb #41463d58
 def step_as_json(
     step: Step,
 ) -> dict[str, Any]:
@@ -86,7 +83,7 @@ def step_as_json(
 
     return {**asdict(step), "changes": [each._asdict() for each in step.changes]}
 
-
+# %% ../nbs/93b_cli_deploy.ipynb #2e39dcc1
 def _row(line: Line) -> list[str]:
     "A version as a line of a table."
     from xsmom_nb.clock import format_utc
@@ -98,6 +95,9 @@ def _row(line: Line) -> list[str]:
     stage = f"{deployed.stage}, {deployed.share:.0%}" if deployed and deployed.status in ("live", "candidate") else ""
     keys = ", ".join(each.key for each in evidence.changes) if evidence else line.trouble
     return [line.version, word, status, stage, format_utc(deployed.since_ms) if deployed else "", keys]
+
+# %% ../nbs/93b_cli_deploy.ipynb #d1ffe927
+STEPS_SHOWN = 10  # the rest is in configs/changes.csv
 
 
 def _print_history(told: History) -> None:
@@ -114,12 +114,21 @@ def _print_history(told: History) -> None:
                     [[format_utc(step.time_ms), step.action + (" (undone)" if step.status == "undone" else ""), step.version,
                       step.who, step.reason] for step in told.steps[-STEPS_SHOWN:]])
 
+# %% ../nbs/93b_cli_deploy.ipynb #8c42de53
+def _history_as_json(told: History) -> dict[str, Any]:
+    "The history for machines."
+    from dataclasses import asdict
 
+    current = told.current
+    return {"live": asdict(current.live) if current.live else None,
+            "candidate": asdict(current.candidate) if current.candidate else None,
+            "edited": [each._asdict() for each in current.edits], "trouble": current.trouble or None,
+            "versions": [_line_as_json(line) for line in told.versions], "steps": [step_as_json(step) for step in told.steps]}
+
+# %% ../nbs/93b_cli_deploy.ipynb #976ca791
 @app.command("history", epilog=examples("xsmom config history", "xsmom config history --json"))
 def show_history(as_json: JsonOption = False) -> None:
     "Show all versions, what became of each, and the last steps."
-    from dataclasses import asdict
-
     from xsmom_nb.optimizer.deploy import history
     from xsmom_nb.optimizer.versions import listed
 
@@ -127,11 +136,7 @@ def show_history(as_json: JsonOption = False) -> None:
         told = history(state, folder, now_ms)
     current = told.current
     if as_json:
-        print_json({
-            "live": asdict(current.live) if current.live else None,
-            "candidate": asdict(current.candidate) if current.candidate else None,
-            "edited": [each._asdict() for each in current.edits], "trouble": current.trouble or None,
-            "versions": [_line_as_json(line) for line in told.versions], "steps": [step_as_json(step) for step in told.steps]})
+        print_json(_history_as_json(told))
         return
     _print_history(told)
     if current.edits:
@@ -153,14 +158,14 @@ def _print_step(step: Step, as_json: bool) -> None:
                  "reason": step.reason, "changes": listed(step.changes) if step.changes else None,
                  "in force": "from the next hour on" if step.file_after or step.action == "stage" else None})
 
-
+# %% ../nbs/93b_cli_deploy.ipynb #3e9d4382
 def _person() -> str:
     "Who types this."
     import getpass
 
     return getpass.getuser()
 
-
+# %% ../nbs/93b_cli_deploy.ipynb #9dcb4800
 @app.command("promote", epilog=examples(
     "xsmom config promote config_20250401_060000 --stage shadow   # begin a rollout: shadow, small, full",
     "xsmom config promote config_20250401_060000                  # live at once",

@@ -35,7 +35,7 @@ ExecuteOption = Annotated[
 ]
 OutputOption = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Folder of the build; else build/docs.")]
 
-
+# %% ../nbs/95j_cli_docs.ipynb #7f2a0aab
 def build_now(
     context: typer.Context,
     only: list[str] | None,
@@ -51,7 +51,7 @@ def build_now(
     told = (lambda text: None) if quiet else (lambda text: typer.echo(f"{text} …"))
     return build_site(find_project(), output, only, root, execute, told=told)
 
-
+# %% ../nbs/95j_cli_docs.ipynb #1d317e9f
 @app.command(
     "build",
     epilog=examples(
@@ -74,12 +74,12 @@ def build(
     else:
         print_facts({"site": site.index, "pages": site.pages, "size": f"{site.megabytes} MB", "built in": f"{site.seconds} s"})
 
-# %% ../nbs/95j_cli_docs.ipynb #7f2a0aab
+# %% ../nbs/95j_cli_docs.ipynb #b54ddc44
 PORT = 8180
 PortOption = Annotated[int, typer.Option("--port", min=0, max=65_535, metavar="N", help="Where to listen; 0: a free port.")]
 BuildOption = Annotated[bool, typer.Option("--build", help="Build it first.")]
 
-
+# %% ../nbs/95j_cli_docs.ipynb #ddf38244
 @app.command(
     "serve",
     epilog=examples("xsmom docs serve --build", "xsmom docs serve --port 0   # any free port"),

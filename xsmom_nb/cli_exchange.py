@@ -17,11 +17,12 @@ from .options import ConfigOption, DataOption, DatasetOption, SetOption, market_
 if TYPE_CHECKING:
     from xsmom_nb.config import Config
     from xsmom_nb.exchange.launch import Scene
+    from xsmom_nb.exchange.pace import Mode
     from xsmom_nb.market.panel import Panel
 
 # %% auto #0
 __all__ = ['app', 'DAYS_PLAYED', 'PORT', 'PortOption', 'BeginOption', 'StopOption', 'SpeedOption', 'ModeOption', 'SeedOption',
-           'KeyOption', 'SecretOption', 'JournalOption', 'LimitsOption', 'group', 'played', 'opened_scene',
+           'JournalOption', 'LimitsOption', 'KeyOption', 'SecretOption', 'group', 'played', 'opened_scene',
            'chosen_keys', 'simulate']
 
 # %% ../nbs/95f_cli_exchange.ipynb #b3bab691
@@ -77,6 +78,8 @@ PORT = 18555  # of `exchange.line.SIMULATOR_URL`
 PortOption = Annotated[
     int, typer.Option("--port", metavar="N", min=0, max=65535, help="Where to listen, on this machine only; 0: a free one.")
 ]
+
+# %% ../nbs/95f_cli_exchange.ipynb #2ca95cfe
 BeginOption = Annotated[
     str | None, typer.Option("--start", metavar="TIME", help="Where its clock starts, UTC; else two days before the end.")
 ]
@@ -87,15 +90,19 @@ SpeedOption = Annotated[float, typer.Option("--speed", metavar="X", help="Simula
 ModeOption = Annotated[
     str, typer.Option("--mode", metavar="MODE", help="running; paused: moved by the side channel; stepped: waits for everybody.")
 ]
+
+# %% ../nbs/95f_cli_exchange.ipynb #85cdb42f
 SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Of fills, messages and faults; else paper.seed.")]
-KeyOption = Annotated[str | None, typer.Option("--key", metavar="KEY", help="API key; else BYBIT_API_KEY, else simulator-key.")]
-SecretOption = Annotated[
-    str | None, typer.Option("--secret", metavar="SECRET", help="Its secret; else BYBIT_API_SECRET, else simulator-secret.")
-]
 JournalOption = Annotated[
     Path | None, typer.Option("--journal", metavar="FILE", help="Everything that happens, as lines of JSON.")
 ]
 LimitsOption = Annotated[bool, typer.Option("--limits/--no-limits", help="Whether asking too often is refused.")]
+
+# %% ../nbs/95f_cli_exchange.ipynb #deff04dd
+KeyOption = Annotated[str | None, typer.Option("--key", metavar="KEY", help="API key; else BYBIT_API_KEY, else simulator-key.")]
+SecretOption = Annotated[
+    str | None, typer.Option("--secret", metavar="SECRET", help="Its secret; else BYBIT_API_SECRET, else simulator-secret.")
+]
 
 # %% ../nbs/95f_cli_exchange.ipynb #59caea28
 def chosen_keys(
@@ -117,6 +124,17 @@ def chosen_keys(
     return found.bybit_api_key.get_secret_value(), found.bybit_api_secret.get_secret_value()
 
 # %% ../nbs/95f_cli_exchange.ipynb #d29ef369
+def _mode_of(
+    text: str,  # --mode
+) -> Mode:
+    "How the clock goes; raises `UsageError`."
+    from typing import cast
+
+    if text not in ("running", "paused", "stepped"):
+        raise UsageError(f"--mode {text!r}: expected running, paused or stepped")
+    return cast("Mode", text)
+
+# %% ../nbs/95f_cli_exchange.ipynb #7b0356cc
 @app.command("simulate", epilog=examples(
     "xsmom exchange simulate                               # the last two days before the holdout, in their own time",
     "xsmom exchange simulate --start 2025-03-01 --speed 3600   # an hour a second",
@@ -129,26 +147,18 @@ def simulate(
     journal: JournalOption = None, limits: LimitsOption = True, config: ConfigOption = None, settings: SetOption = None,
 ) -> None:  # fmt: skip
     "Serve recorded bars as an exchange that speaks Bybit V5, until it is interrupted."
-    from typing import cast
-
     from xsmom_nb.clock import format_utc
     from xsmom_nb.exchange.journal import Journal
     from xsmom_nb.exchange.launch import simulator_on
-    from xsmom_nb.exchange.pace import Mode
     from xsmom_nb.exchange.server import serve
     from xsmom_nb.logs import day_log, logger, opened
     from xsmom_nb.runs.execute import find_project
 
-    if mode not in ("running", "paused", "stepped"):
-        raise UsageError(f"--mode {mode!r}: expected running, paused or stepped")
-    pair = chosen_keys(key, secret)
-    effective = runnable_config(config, settings)
+    kind, pair, effective = _mode_of(mode), chosen_keys(key, secret), runnable_config(config, settings)
     scene = opened_scene(effective, data, dataset, start, end)
-    simulator = simulator_on(scene, effective, cast(Mode, mode), speed, seed, *pair, limits, Journal(journal))
+    simulator = simulator_on(scene, effective, kind, speed, seed, *pair, limits, Journal(journal))
     contracts = f"{len(simulator.market.symbols(scene.start_ms))} contracts of {scene.panel.origin}"
-    span = f"{format_utc(scene.start_ms)} to {format_utc(scene.end_ms)}"
-
-    log = logger(process="simulator")
+    span, log = f"{format_utc(scene.start_ms)} to {format_utc(scene.end_ms)}", logger(process="simulator")
 
     def ready(url: str) -> None:
         log.info("serving", url=url, contracts=contracts, span=span, mode=mode, speed=speed)

@@ -5,7 +5,8 @@
 # %% ../nbs/95m_cli_health.ipynb #f389cadb
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +15,7 @@ from .options import ConfigOption, JsonOption, SetOption, effective_config, runn
 
 if TYPE_CHECKING:
     from xsmom_nb.config import Config
-    from xsmom_nb.ops.monitor import Reading
+    from xsmom_nb.ops.monitor import Looks, Reading
 
 # %% auto #0
 __all__ = ['app', 'AccountOption', 'look', 'alert', 'serve', 'print_health', 'health', 'report']
@@ -22,11 +23,12 @@ __all__ = ['app', 'AccountOption', 'look', 'alert', 'serve', 'print_health', 'he
 # %% ../nbs/95m_cli_health.ipynb #982330d8
 app = new_app("Is it well, and was it worth it?")
 
+# %% ../nbs/95m_cli_health.ipynb #c365d99c
 AccountOption = Annotated[
     str | None, typer.Option("--account", metavar="NAME", help="A simulated account, by its own clock; else the one that counts.")
 ]
 
-# %% ../nbs/95m_cli_health.ipynb #b78a7745
+# %% ../nbs/95m_cli_health.ipynb #d527b96f
 def look(
     main: Config,
     account: str | None,  # --account
@@ -39,7 +41,7 @@ def look(
 
     return take_reading(account_config(main, account) if account else main, main, find_project(), account, runs_bytes=runs_bytes)
 
-
+# %% ../nbs/95m_cli_health.ipynb #4fc7b6d6
 def alert(
     main: Config,
     account: str | None,  # --account
@@ -55,7 +57,40 @@ def alert(
     with open_state(own.live.state_url, find_project(), must_exist=True) as state:
         look_for_silence(state, own, now_ms)
 
+# %% ../nbs/95m_cli_health.ipynb #8a72ac44
+def _logged(take: Callable[[int | None], Reading], log: Any) -> Callable[[int | None], Reading]:
+    "The same look, which also logs when the verdict has changed."
+    seen = [""]
 
+    def looked(runs_bytes: int | None) -> Reading:
+        reading = take(runs_bytes)
+        if reading.health.verdict != seen[-1]:
+            troubles = {check.name: check.value for check in reading.health.troubles}
+            (log.warning if troubles else log.info)("health", verdict=reading.health.verdict, troubles=troubles)
+            seen[:] = [reading.health.verdict]
+        return reading
+
+    return looked
+
+# %% ../nbs/95m_cli_health.ipynb #f71d817e
+async def _answer_until_told(looks: Looks, port: int, log: Any) -> None:
+    "Answer monitors until a signal ends it."
+    import asyncio
+    import signal
+
+    from xsmom_nb.ops.monitor import serve_health
+
+    until, loop = asyncio.Event(), asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, until.set)
+
+    def told(number: int) -> None:
+        log.info("serving", port=number)
+        typer.echo(f"http://127.0.0.1:{number}/health and /metrics; Ctrl-C ends it", err=True)
+
+    await serve_health(looks, port, told, until)
+
+# %% ../nbs/95m_cli_health.ipynb #8d1d408f
 def serve(
     main: Config,
     account: str | None,  # --account
@@ -63,38 +98,17 @@ def serve(
 ) -> None:
     "Answer monitors until somebody ends it; raises `UsageError` for a port that cannot be had."
     import asyncio
-    import signal
 
     from xsmom_nb.logs import day_log, logger, opened
-    from xsmom_nb.ops.monitor import Looks, serve_health
+    from xsmom_nb.ops.monitor import Looks
     from xsmom_nb.runs.execute import find_project
 
-    log, seen = logger(process="health"), [""]
-
-    def looked(runs_bytes: int | None) -> Reading:
-        "Look, and log when the verdict has changed."
-        reading = look(main, account, runs_bytes)
-        if reading.health.verdict != seen[-1]:
-            troubles = {check.name: check.value for check in reading.health.troubles}
-            (log.warning if troubles else log.info)("health", verdict=reading.health.verdict, troubles=troubles)
-            seen[:] = [reading.health.verdict]
-        return reading
-
-    async def until_told() -> None:
-        until, loop = asyncio.Event(), asyncio.get_running_loop()
-        for name in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(name, until.set)
-
-        def told(number: int) -> None:
-            log.info("serving", port=number)
-            typer.echo(f"http://127.0.0.1:{number}/health and /metrics; Ctrl-C ends it", err=True)
-
-        await serve_health(Looks(looked), port, told, until)
-
+    log = logger(process="health")
+    looks = Looks(_logged(lambda runs_bytes: look(main, account, runs_bytes), log))
     with opened(day_log(main.logging, find_project())):
-        asyncio.run(until_told())
+        asyncio.run(_answer_until_told(looks, port, log))
 
-# %% ../nbs/95m_cli_health.ipynb #d527b96f
+# %% ../nbs/95m_cli_health.ipynb #8db8bab0
 def print_health(
     reading: Reading,
 ) -> None:
@@ -106,7 +120,7 @@ def print_health(
         warn(f"{check.name}: {check.remedy or check.value}")
     typer.echo(f"{report.account}: {'healthy' if report.verdict == 'ok' else report.verdict}")
 
-
+# %% ../nbs/95m_cli_health.ipynb #a4683307
 @app.command("health", epilog=examples(
     "xsmom health                       # exit status 0: healthy, 1: somebody should look",
     "xsmom health --account simulated --json",
@@ -138,6 +152,18 @@ def health(
         raise typer.Exit(1)
 
 # %% ../nbs/95m_cli_health.ipynb #042e4322
+def _report_parameters(config: Config, date: str | None, account: str | None, days: int | None, quiet: bool) -> dict[str, Any]:
+    "What the notebook is given; raises `UsageError` for a day that is none, or has not begun by the account's clock."
+    from xsmom_nb.ops.records import account_now_ms
+    from xsmom_nb.ops.report import report_period
+    from xsmom_nb.runs.execute import find_project
+    from xsmom_nb.runs.rehearsal import account_config
+
+    own = account_config(config, account) if account else config
+    report_period(date or "", days or config.report.days, account_now_ms(own, find_project(), account is not None))
+    return {"date": date or "", "account": account or "", "days": days or 0, "tell": not quiet}
+
+# %% ../nbs/95m_cli_health.ipynb #edc5b228
 @app.command("report", epilog=examples(
     "xsmom report                             # yesterday, by the clock of the account",
     "xsmom report --date 2025-03-31 --account month",
@@ -155,16 +181,8 @@ def report(
     import json
 
     from xsmom_nb.cli_launch import launch
-    from xsmom_nb.ops.records import account_now_ms
-    from xsmom_nb.ops.report import report_period
-    from xsmom_nb.runs.execute import find_project
-    from xsmom_nb.runs.rehearsal import account_config
 
     effective = runnable_config(config, settings)
-    own = account_config(effective, account) if account else effective
-    now_ms = account_now_ms(own, find_project(), account is not None)
-    report_period(date or "", days or effective.report.days, now_ms)
-    parameters = {"date": date or "", "account": account or "", "days": days or 0, "tell": not quiet}
-    run = launch("daily_report", parameters, effective, as_json)
+    run = launch("daily_report", _report_parameters(effective, date, account, days, quiet), effective, as_json)
     if not as_json:
         typer.echo("\n" + json.loads((run.folder / "outputs" / "report.json").read_bytes())["text"])

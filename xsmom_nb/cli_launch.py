@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from xsmom_nb.runs.execute import Run
 
 # %% auto #0
-__all__ = ['app', 'MARKET', 'HEADLINES', 'checked_window', 'market_parameters', 'run_as_json', 'seconds_of', 'print_run',
+__all__ = ['app', 'MARKET', 'HEADLINES', 'checked_window', 'market_parameters', 'seconds_of', 'run_as_json', 'print_run',
            'launch', 'run_notebook', 'as_asked', 'backtest', 'optimize']
 
 # %% ../nbs/95_cli_launch.ipynb #e1b7af15
@@ -43,7 +43,7 @@ app = new_app("Start a run.")
 # %% ../nbs/95_cli_launch.ipynb #af3ef97a
 MARKET = ("data", "dataset", "timeframe", "start", "end", "holdout")  # parameters of a notebook that decides over a market
 
-
+# %% ../nbs/95_cli_launch.ipynb #16faf96a
 def checked_window(
     config: Config,
     asked: Mapping[str, Any],  # the six, as given; empty text: not given
@@ -77,6 +77,15 @@ def market_parameters(
         "end": format_utc(parse_end(asked["end"], asked["timeframe"] or config.exchange.timeframe)) if asked["end"] else "",
     }
 
+# %% ../nbs/95_cli_launch.ipynb #ef8adaa1
+def seconds_of(
+    run: Run,
+) -> float:
+    "How long a run took."
+    from xsmom_nb.clock import parse_utc
+
+    return (parse_utc(run.manifest.ended_at) - parse_utc(run.manifest.started_at)) / 1000
+
 # %% ../nbs/95_cli_launch.ipynb #67300eef
 def run_as_json(
     run: Run,
@@ -86,22 +95,13 @@ def run_as_json(
     page = str(run.page) if run.page.exists() else None
     return {**run.as_json(), "html": page, "origin": manifest.origin, "holdout": manifest.holdout, "seconds": seconds_of(run)}
 
-
-def seconds_of(
-    run: Run,
-) -> float:
-    "How long a run took."
-    from xsmom_nb.clock import parse_utc
-
-    return (parse_utc(run.manifest.ended_at) - parse_utc(run.manifest.started_at)) / 1000
-
 # %% ../nbs/95_cli_launch.ipynb #e5905bf9
 HEADLINES = {  # metric to what it is called
     "sharpe": "Sharpe", "cagr": "CAGR", "max_drawdown": "max drawdown", "calmar": "Calmar", "hit_rate": "hit rate",
     "turnover_per_year": "turnover a year", "trades": "trades", "fees": "fees", "slippage": "slippage", "funding": "funding",
 }  # fmt: skip
 
-
+# %% ../nbs/95_cli_launch.ipynb #f1c2134d
 def print_run(
     run: Run,
 ) -> None:
@@ -137,6 +137,22 @@ def launch(
     return run
 
 # %% ../nbs/95_cli_launch.ipynb #d9dabc42
+def _parameters_of(
+    name: str,  # of a scheduled notebook
+    given: list[str],  # -p, as KEY=VALUE
+    config: Config,
+) -> dict[str, Any]:
+    "What a notebook is given; raises `UsageError` for what it does not have, and as `market_parameters` does."
+    from xsmom_nb.runs.execute import find_project
+    from xsmom_nb.runs.parameters import check_parameters, find_notebook, parameter_model, parse_parameters
+
+    model, _ = parameter_model(find_notebook(name, find_project() / "scheduled"))
+    parameters = check_parameters(name, model, parse_parameters(name, model, given))
+    if set(MARKET) <= set(parameters):
+        parameters |= market_parameters(config, {key: parameters[key] for key in MARKET})
+    return parameters
+
+# %% ../nbs/95_cli_launch.ipynb #d7cce2ca
 @app.command(
     "run",
     epilog=examples(
@@ -155,15 +171,8 @@ def run_notebook(
     as_json: JsonOption = False,
 ) -> None:
     "Execute a scheduled notebook, audited."
-    from xsmom_nb.runs.execute import find_project
-    from xsmom_nb.runs.parameters import check_parameters, find_notebook, parameter_model, parse_parameters
-
     effective = runnable_config(config, settings)
-    model, _ = parameter_model(find_notebook(name, find_project() / "scheduled"))
-    parameters = check_parameters(name, model, parse_parameters(name, model, given or []))
-    if set(MARKET) <= set(parameters):
-        parameters |= market_parameters(effective, {key: parameters[key] for key in MARKET})
-    launch(name, parameters, effective, as_json)
+    launch(name, _parameters_of(name, given or [], effective), effective, as_json)
 
 # %% ../nbs/95_cli_launch.ipynb #0f81bde2
 def as_asked(data: str | None, dataset: str | None, timeframe: str | None, start: str | None, end: str | None,
@@ -172,7 +181,7 @@ def as_asked(data: str | None, dataset: str | None, timeframe: str | None, start
     texts = (option or "" for option in (data, dataset, timeframe, start, end))
     return dict(zip(MARKET, (*texts, holdout), strict=True))
 
-
+# %% ../nbs/95_cli_launch.ipynb #365093b4
 @app.command(
     "backtest",
     epilog=examples(

@@ -76,7 +76,7 @@ class Hour:
         said = f"; {'; '.join(self.remarks)}" if self.remarks else ""
         return f"{self.time}  equity {self.equity:,.2f}  orders {self.orders}  fills {self.fills}{said}"
 
-
+# %% ../nbs/95b_cli_live.ipynb #5ae1d749
 def hour_of_run(
     run: Run,  # of the notebook `live_cycle`, done
 ) -> Hour:
@@ -89,7 +89,7 @@ def hour_of_run(
     return Hour(format_utc(decision["time_ms"]), figures["equity"], int(figures["orders"]), int(figures["fills"]), remarks,
                 run.run_id)
 
-
+# %% ../nbs/95b_cli_live.ipynb #4f7c907f
 def hour_of_report(
     report: CycleReport,
     run_id: str = "",
@@ -155,7 +155,7 @@ def run_each(
         told(hours)
     return hours, run
 
-
+# %% ../nbs/95b_cli_live.ipynb #0616ccaa
 def run_together(
     config: Callable[[], Config],  # of the account, asked before each hour
     times_ms: Sequence[int],  # of the cycles, UTC ms
@@ -183,10 +183,21 @@ def run_together(
         hours[done:] = [replace(hour, run_id=run.run_id) for hour in hours[done:]]
     return hours, run
 
-# %% ../nbs/95b_cli_live.ipynb #875e68ed
+# %% ../nbs/95b_cli_live.ipynb #1dd85982
 REMARKS_SHOWN = 10  # the rest is in the runs
 
 
+def _warn_of(hours: Sequence[Hour], run: Run) -> None:
+    "Write what somebody should look at."
+    remarks = [f"{hour.time}: {remark}" for hour in hours for remark in hour.remarks]
+    for remark in remarks[-REMARKS_SHOWN:]:
+        warn(remark)
+    if (more := len(remarks) - REMARKS_SHOWN) > 0:
+        warn(f"{more:,} earlier remarks are in the runs")
+    if (run.manifest.origin or "").startswith("synthetic"):
+        warn(SYNTHETIC_NOTICE)
+
+# %% ../nbs/95b_cli_live.ipynb #875e68ed
 def print_hours(
     hours: Sequence[Hour],  # at least one
     run: Run,  # the last
@@ -201,15 +212,43 @@ def print_hours(
         "orders": f"{sum(hour.orders for hour in hours):,}, {sum(hour.fills for hour in hours):,} fills booked",
         "kept": f"{kept:,} run{'s' if kept > 1 else ''}, the last is {run.run_id}", "page": page,
         "folder": None if page else run.folder, "data": run.manifest.origin})
-    remarks = [f"{hour.time}: {remark}" for hour in hours for remark in hour.remarks]
-    for remark in remarks[-REMARKS_SHOWN:]:
-        warn(remark)
-    if (more := len(remarks) - REMARKS_SHOWN) > 0:
-        warn(f"{more:,} earlier remarks are in the runs")
-    if (run.manifest.origin or "").startswith("synthetic"):
-        warn(SYNTHETIC_NOTICE)
+    _warn_of(hours, run)
 
-# %% ../nbs/95b_cli_live.ipynb #779e12d5
+# %% ../nbs/95b_cli_live.ipynb #57a32cce
+def _account_in_force(
+    config: Config,  # the main one, with which the hours are begun
+    account: str,
+    in_force: Callable[[], Config] | None,  # gives the main config; None: it stays as it is
+) -> Callable[[], Config]:
+    "A function that gives the account's config for the next hour; it raises `RefusedError` for a new length of bars."
+    from xsmom_nb.runs.rehearsal import account_config
+
+    own = account_config(config, account)
+
+    def present() -> Config:
+        now = account_config(in_force(), account) if in_force else own
+        if now.exchange.timeframe != own.exchange.timeframe:
+            raise RefusedError(f"the live config has bars of {now.exchange.timeframe} now, these hours were begun with "
+                               f"{own.exchange.timeframe}; begin them anew with --fresh")
+        return now
+
+    return present
+
+# %% ../nbs/95b_cli_live.ipynb #3968e758
+def _times_asked(config: Config, account: str, calendar: Panel, cycles: int, start: str | None, fresh: bool) -> list[int]:
+    "When the cycles take place, UTC ms; begins the account anew where that is asked; raises `RefusedError`, `UsageError`."
+    from xsmom_nb.clock import parse_utc
+    from xsmom_nb.runs.execute import find_project
+    from xsmom_nb.runs.rehearsal import Reached, account_config, begin_anew, reached_by, simulated_times
+
+    project = find_project()
+    reached = Reached() if fresh else reached_by(account_config(config, account), project)
+    times_ms = simulated_times(config, calendar, cycles, parse_utc(start) if start else None, reached)
+    if fresh:
+        begin_anew(account, project)
+    return times_ms
+
+# %% ../nbs/95b_cli_live.ipynb #f6214c79
 def simulate(
     config: Config,  # the main one
     account: str,  # name of the simulated account
@@ -222,26 +261,13 @@ def simulate(
     in_force: Callable[[], Config] | None = None,  # asked for the main config before each hour; None: it stays as it is
 ) -> None:
     "Trade a simulated account over recorded hours and say what came of it; raises `RefusedError` for a new length of bars."
-    from xsmom_nb.clock import parse_utc
     from xsmom_nb.runs.execute import find_project
-    from xsmom_nb.runs.rehearsal import Reached, account_config, begin_anew, reached_by, simulated_times
     from xsmom_nb.state import open_state
 
-    project, own, (place, calendar) = find_project(), account_config(config, account), recording
-    reached = Reached() if fresh else reached_by(own, project)
-    times_ms = simulated_times(config, calendar, cycles, parse_utc(start) if start else None, reached)
-    if fresh:
-        begin_anew(account, project)
-
-    def present() -> Config:
-        now = account_config(in_force(), account) if in_force else own
-        if now.exchange.timeframe != own.exchange.timeframe:
-            raise RefusedError(f"the live config has bars of {now.exchange.timeframe} now, these hours were begun with "
-                               f"{own.exchange.timeframe}; begin them anew with --fresh")
-        return now
-
+    (place, calendar), present = recording, _account_in_force(config, account, in_force)
+    times_ms = _times_asked(config, account, calendar, cycles, start, fresh)
     with ExitStack() as stack:
-        state = stack.enter_context(open_state(config.live.state_url, base=project))
+        state = stack.enter_context(open_state(config.live.state_url, base=find_project()))
         told = _tell(stack.enter_context(progress("live")), cycles, quiet=as_json)
         if kernel is None:
             hours, run = run_together(present, times_ms, place, state, told)
@@ -281,7 +307,7 @@ def print_cycle(
     for remark in hour.remarks:
         warn(remark)
 
-
+# %% ../nbs/95b_cli_live.ipynb #868d9602
 def trade_now(
     config: Config,
     recording: tuple[dict[str, str], Panel],  # as `recording_of` gives it
@@ -332,7 +358,7 @@ def _kernel_of_cycle() -> AbstractContextManager[Kernel]:
     project = find_project()
     return started_kernel(find_notebook("live_cycle", project / "scheduled"), project)
 
-
+# %% ../nbs/95b_cli_live.ipynb #78dcb073
 CyclesOption = Annotated[
     int | None, typer.Option("--cycles", metavar="N", min=1, help="So many, one a bar, on a simulated clock over the data.")
 ]
@@ -342,9 +368,11 @@ BeginOption = Annotated[
 AccountOption = Annotated[str | None, typer.Option("--account", metavar="NAME", help="Simulated account; else `simulated`.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Begin the simulated account anew; kept runs stay.")]
 DirectOption = Annotated[bool, typer.Option("--direct", help="All cycles in this process, kept as one run.")]
+
+# %% ../nbs/95b_cli_live.ipynb #d59d5d23
 ConfirmOption = Annotated[bool, typer.Option("--confirm", help="Orders on testnet, demo or the real exchange are meant.")]
 
-
+# %% ../nbs/95b_cli_live.ipynb #75868dc9
 @app.command("live", epilog=examples(
     "xsmom live                                   # one cycle, now, as the timer starts it",
     "xsmom live --cycles 12 --fresh               # a new simulated account, twelve recorded hours",

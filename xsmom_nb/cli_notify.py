@@ -19,11 +19,14 @@ from .options import ConfigOption, JsonOption, SetOption, effective_config
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from aiohttp import ClientSession
     from pydantic import SecretStr
 
     from xsmom_nb.config import Config
     from xsmom_nb.lease import Lease
+    from xsmom_nb.ops.channels import Answer
     from xsmom_nb.ops.deliveries import Standing
+    from xsmom_nb.ops.message import Message
     from xsmom_nb.ops.notify import Office
 
 # %% auto #0
@@ -33,7 +36,7 @@ __all__ = ['app', 'addresses_of', 'open_office', 'warn_of_routes', 'keep_telling
 # %% ../nbs/95l_cli_notify.ipynb #5d38496a
 app = new_app("Tell people what happened.")
 
-# %% ../nbs/95l_cli_notify.ipynb #ba4f056d
+# %% ../nbs/95l_cli_notify.ipynb #88d4d389
 def addresses_of(
     config: Config,
     project: Path,
@@ -43,7 +46,7 @@ def addresses_of(
 
     return load_addresses([route.url_from for route in config.notify.routes], project / ".env")
 
-
+# %% ../nbs/95l_cli_notify.ipynb #d0f69921
 @contextmanager
 def open_office(
     config: Config,
@@ -61,7 +64,7 @@ def open_office(
         yield Office(state, config.notify, SystemClock(), lambda: addresses_of(config, project), project / config.runs.root,
                      config.live.mode), lease
 
-
+# %% ../nbs/95l_cli_notify.ipynb #fbc13bef
 def warn_of_routes(
     config: Config,
     project: Path,
@@ -74,7 +77,7 @@ def warn_of_routes(
         if name not in known:
             warn(f"route {name}: the environment variable is not set, here or in .env; what it has to tell waits")
 
-# %% ../nbs/95l_cli_notify.ipynb #88d4d389
+# %% ../nbs/95l_cli_notify.ipynb #b3a78fe8
 async def _until_told(office: Office, lease: Lease) -> None:
     "Drain until a signal ends it."
     import asyncio
@@ -86,7 +89,7 @@ async def _until_told(office: Office, lease: Lease) -> None:
         loop.add_signal_handler(name, stop.set)
     await keep_draining(office, stop, lease)
 
-
+# %% ../nbs/95l_cli_notify.ipynb #01b657f7
 @app.command("run", epilog=examples("xsmom notify run", "xsmom notify run --set notify.poll_seconds=10"))
 def keep_telling(config: ConfigOption = None, settings: SetOption = None) -> None:
     "Tell everything as it happens, until Ctrl-C or a service manager ends it."
@@ -126,13 +129,23 @@ def drain_once(config: ConfigOption = None, settings: SetOption = None, as_json:
         raise XsmomError("; ".join(ill) + "; what could not be told waits, see `xsmom notify list`")
 
 # %% ../nbs/95l_cli_notify.ipynb #759df3c0
-async def _try_route(url: str, config: Config, runs: Path, now_ms: int) -> list[tuple[str, str]]:  # verdict and reason
-    "Send the samples over one route; a pause that its service asks for is waited out, once each."
+async def _sample_sent(session: ClientSession, url: str, message: Message, runs: Path, timeout_seconds: float) -> Answer:
+    "Send a sample; a pause that the service asks for is waited out, once."
     import asyncio
 
+    from xsmom_nb.ops.channels import deliver
+
+    answer = await deliver(session, url, message, runs, timeout_seconds)
+    if answer.verdict == "limited":
+        await asyncio.sleep(min(answer.wait_seconds or 1.0, 30.0))
+        answer = await deliver(session, url, message, runs, timeout_seconds)
+    return answer
+
+# %% ../nbs/95l_cli_notify.ipynb #94646f87
+async def _try_route(url: str, config: Config, runs: Path, now_ms: int) -> list[tuple[str, str]]:  # verdict and reason
+    "Send the samples over one route."
     from aiohttp import ClientSession
 
-    from xsmom_nb.ops.channels import deliver
     from xsmom_nb.ops.message import Message
     from xsmom_nb.ops.notify import samples
 
@@ -140,16 +153,13 @@ async def _try_route(url: str, config: Config, runs: Path, now_ms: int) -> list[
     async with ClientSession(trust_env=True) as session:
         for event in samples(now_ms):
             message = Message(0, "single", (event,), config.live.mode)
-            answer = await deliver(session, url, message, runs, config.notify.timeout_seconds)
-            if answer.verdict == "limited":
-                await asyncio.sleep(min(answer.wait_seconds or 1.0, 30.0))
-                answer = await deliver(session, url, message, runs, config.notify.timeout_seconds)
+            answer = await _sample_sent(session, url, message, runs, config.notify.timeout_seconds)
             said.append((answer.verdict, answer.reason))
             if answer.verdict == "broken":
                 break
     return said
 
-
+# %% ../nbs/95l_cli_notify.ipynb #ea093ee5
 def _chosen(config: Config, route: str | None) -> list[str]:
     "The routes that are meant; raises `UsageError`."
     known = list(dict.fromkeys(each.url_from for each in config.notify.routes))
@@ -160,7 +170,7 @@ def _chosen(config: Config, route: str | None) -> list[str]:
         raise UsageError(f"route {route!r}: expected one of {', '.join(known)}{nearest_name(route, known)}")
     return known if route is None else [route]
 
-
+# %% ../nbs/95l_cli_notify.ipynb #54404d7f
 @app.command("test", epilog=examples("xsmom notify test", "xsmom notify test DISCORD_WEBHOOK_URL"))
 def try_routes(
     route: Annotated[str | None, typer.Argument(metavar="ROUTE", help="One route, by its variable; else all.")] = None,
@@ -190,31 +200,46 @@ def try_routes(
     if bad := sorted({row["route"] for row in rows if row["verdict"] != "sent"}):
         raise XsmomError(f"{', '.join(bad)}: a sample was not taken; correct the address in that environment variable or in .env")
 
-# %% ../nbs/95l_cli_notify.ipynb #94646f87
+# %% ../nbs/95l_cli_notify.ipynb #db43fb6f
+def _time(time_ms: int | None) -> str | None:
+    "A moment for people and machines."
+    from xsmom_nb.clock import format_utc
+
+    return None if time_ms is None else format_utc(time_ms)
+
+
+def _route_as_json(name: str, now: Standing) -> dict[str, Any]:
+    "How a route stands; nothing is remembered of one that never failed."
+    each = next((each for each in now.routes if each.route == name), None)
+    waiting = now.waiting.get(name, 0)
+    return {"route": name, "waiting": waiting, "oldest": _time(now.oldest_ms.get(name)),
+            "broken_since": _time(each.broken_ms) if each else None, "failures": each.failures if each else 0,
+            "next_try": _time(each.next_ms) if each and each.next_ms and waiting else None,
+            "last_error": each.last_error if each else ""}
+
+# %% ../nbs/95l_cli_notify.ipynb #b127db9e
 def queue_as_json(
     now: Standing,
 ) -> dict[str, Any]:
     "How the queue stands, for machines."
-    from xsmom_nb.clock import format_utc
-
-    def time(time_ms: int | None) -> str | None:
-        return None if time_ms is None else format_utc(time_ms)
-
     names = sorted({*now.waiting, *(each.route for each in now.routes)})
-    remembered = {each.route: each for each in now.routes}
-    routes = []
-    for name in names:
-        each = remembered.get(name)
-        routes.append({
-            "route": name, "waiting": now.waiting.get(name, 0), "oldest": time(now.oldest_ms.get(name)),
-            "broken_since": time(each.broken_ms) if each else None, "failures": each.failures if each else 0,
-            "next_try": time(each.next_ms) if each and each.next_ms and now.waiting.get(name) else None,
-            "last_error": each.last_error if each else ""})
     messages = [{**{key: value for key, value in row.items() if key != "updated_ms"}, "in_doubt": bool(row["in_doubt"]),
-                 "updated": time(row["updated_ms"])} for row in now.messages]
-    return {"unassigned": now.unassigned, "routes": routes, "messages": messages}
+                 "updated": _time(row["updated_ms"])} for row in now.messages]
+    return {"unassigned": now.unassigned, "routes": [_route_as_json(name, now) for name in names], "messages": messages}
 
+# %% ../nbs/95l_cli_notify.ipynb #382309b9
+def _print_queue(now: dict[str, Any]) -> None:
+    "Write how the queue stands, for people."
+    typer.echo(f"{now['unassigned']:,} events nobody has looked at yet")
+    columns = ["route", "waiting", "oldest", "broken_since", "failures", "next_try", "last_error"]
+    if now["routes"]:
+        print_table(columns, [[str(row[name] if row[name] is not None else "-") for name in columns] for row in now["routes"]])
+    told = ["message_id", "route", "level", "kind", "symbol", "events", "first_event", "status", "attempts", "last_error"]
+    if now["messages"]:
+        typer.echo("")
+        print_table(told, [[str(row[name]) or "-" for name in told] for row in now["messages"]])
 
+# %% ../nbs/95l_cli_notify.ipynb #2681389a
 @app.command("list", epilog=examples("xsmom notify list", "xsmom notify list --json"))
 def list_queue(config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False) -> None:
     "What waits, and what failed and why."
@@ -224,14 +249,4 @@ def list_queue(config: ConfigOption = None, settings: SetOption = None, as_json:
 
     with open_state(effective_config(config, settings).live.state_url, base=find_project(), must_exist=True) as state:
         now = queue_as_json(standing(state))
-    if as_json:
-        print_json(now)
-        return
-    typer.echo(f"{now['unassigned']:,} events nobody has looked at yet")
-    columns = ["route", "waiting", "oldest", "broken_since", "failures", "next_try", "last_error"]
-    if now["routes"]:
-        print_table(columns, [[str(row[name] if row[name] is not None else "-") for name in columns] for row in now["routes"]])
-    told = ["message_id", "route", "level", "kind", "symbol", "events", "first_event", "status", "attempts", "last_error"]
-    if now["messages"]:
-        typer.echo("")
-        print_table(told, [[str(row[name]) or "-" for name in told] for row in now["messages"]])
+    (print_json if as_json else _print_queue)(now)

@@ -17,6 +17,7 @@ from .options import JsonOption
 
 if TYPE_CHECKING:
     from xsmom_nb.ops.release import Release
+    from xsmom_nb.ops.releases import Installed
     from xsmom_nb.state import State
 
 # %% auto #0
@@ -25,6 +26,8 @@ __all__ = ['app', 'PrefixOption', 'HomeOption', 'PipOption', 'PREFIX', 'HOME', '
 
 # %% ../nbs/95k2_cli_release.ipynb #55782861
 app = new_app("What services run: build, install, switch.")
+
+# %% ../nbs/95k2_cli_release.ipynb #f885707c
 PrefixOption = Annotated[str, typer.Option("--prefix", metavar="DIR", help="Where releases are installed.")]
 HomeOption = Annotated[str, typer.Option("--home", metavar="DIR", help="Where services work: configs, state, runs, logs.")]
 PipOption = Annotated[
@@ -32,7 +35,7 @@ PipOption = Annotated[
 ]
 PREFIX, HOME = "/opt/xsmom", "/var/lib/xsmom"
 
-
+# %% ../nbs/95k2_cli_release.ipynb #6496827e
 def release_facts(
     release: Release,
     folder: Path,
@@ -129,7 +132,7 @@ def state_of_home(
     url = load_config(path if path.is_file() else DEFAULTS).live.state_url
     return stack.enter_context(open_state(url, base=home)) if state_exists(url, home) else None
 
-
+# %% ../nbs/95k2_cli_release.ipynb #014d91c9
 @app.command("switch", epilog=examples(
     "sudo systemctl stop xsmom-schedule && sudo xsmom release switch 0.1.0-1a2b3c4d && sudo systemctl start xsmom-schedule",
     "xsmom release switch --back                          # to the one before",
@@ -158,11 +161,22 @@ def switch(
         print_facts({"release": chosen, "before": before, "link": root / "current",
                      "in force": "for everything that is started from now on"})
 
-# %% ../nbs/95k2_cli_release.ipynb #014d91c9
+# %% ../nbs/95k2_cli_release.ipynb #f5efbb64
+def _print_releases(found: list[Installed], root: Path) -> None:
+    "Write the installed releases, and a warning for each that is not whole."
+    from xsmom_nb.clock import format_utc
+
+    print_table(["release", "commit", "committed", ""],
+                [[each.name, each.release.commit[:12], format_utc(each.release.committed_ms), "in use" if each.is_current else ""]
+                 for each in found if each.release])
+    for each in found:
+        if each.release is None:
+            warn(f"{each.name}: its installation did not finish; install it again, or remove {root / 'releases' / each.name}")
+
+# %% ../nbs/95k2_cli_release.ipynb #94d2820a
 @app.command("list", epilog=examples("xsmom release list", "xsmom release list --prefix ~/xsmom --json"))
 def show(prefix: PrefixOption = PREFIX, as_json: JsonOption = False) -> None:
     "Show the installed releases, which one is in use, and every switch."
-    from xsmom_nb.clock import format_utc
     from xsmom_nb.ops.releases import installed_releases, switches
 
     root = Path(prefix).expanduser().absolute()
@@ -174,12 +188,7 @@ def show(prefix: PrefixOption = PREFIX, as_json: JsonOption = False) -> None:
     if not found:
         typer.echo(f"no release is installed under {root}")
         return
-    print_table(["release", "commit", "committed", ""],
-                [[each.name, each.release.commit[:12], format_utc(each.release.committed_ms), "in use" if each.is_current else ""]
-                 for each in found if each.release])
-    for each in found:
-        if each.release is None:
-            warn(f"{each.name}: its installation did not finish; install it again, or remove {root / 'releases' / each.name}")
+    _print_releases(found, root)
     if done:
         typer.echo("")
         print_table(["time", "from", "to", "who"],

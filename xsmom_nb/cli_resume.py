@@ -41,6 +41,16 @@ def pauses_of(
     return said
 
 # %% ../nbs/95e_cli_resume.ipynb #ad87c57a
+def _require_word(config: Config, reason: str, base: Path) -> None:
+    "Raise `UsageError` without a reason, or where no account was traded."
+    from xsmom_nb.runs.rehearsal import state_exists
+
+    if not reason.strip():
+        raise UsageError("--reason is empty; expected a sentence on what was found and why trading may go on: it is kept")
+    if not state_exists(config.live.state_url, base):
+        raise UsageError(f"{config.live.state_url}: nothing was traded with it yet; expected an account, see `xsmom status`")
+
+# %% ../nbs/95e_cli_resume.ipynb #f79f2d11
 def resume_account(
     config: Config,  # of the account
     reason: str,  # in a person's words
@@ -55,14 +65,10 @@ def resume_account(
     from xsmom_nb.live.desk import notebooks_digest
     from xsmom_nb.live.memory import recall, resume
     from xsmom_nb.runs.execute import find_project
-    from xsmom_nb.runs.rehearsal import state_exists
     from xsmom_nb.state import open_state
 
-    if not reason.strip():
-        raise UsageError("--reason is empty; expected a sentence on what was found and why trading may go on: it is kept")
     base = project or find_project()
-    if not state_exists(config.live.state_url, base):
-        raise UsageError(f"{config.live.state_url}: nothing was traded with it yet; expected an account, see `xsmom status`")
+    _require_word(config, reason, base)
     with open_state(config.live.state_url, base=base) as state, hold_lease(
             state, "trader", source_digest(), notebooks_digest(base)):
         said = pauses_of(recall(state).brakes)

@@ -15,6 +15,7 @@ from .options import DataOption, DatasetOption, JsonOption
 
 if TYPE_CHECKING:
     from xsmom_nb.deployments import Deployment
+    from xsmom_nb.optimizer.deploy import Current
     from xsmom_nb.optimizer.rollout import Ruling
 
 # %% auto #0
@@ -28,7 +29,7 @@ def _cell(value: float | str | None) -> str:
     "A value for a table."
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-
+# %% ../nbs/93c_cli_rollout.ipynb #d5027289
 def print_ruling(
     version: Deployment,  # that is watched
     ruling: Ruling,
@@ -48,7 +49,7 @@ def print_ruling(
     print_table(["criterion", "value", "limit", "verdict", "what"],
                 [[each.criterion, _cell(each.value), _cell(each.limit), ok[each.ok], each.why] for each in ruling.criteria])
 
-
+# %% ../nbs/93c_cli_rollout.ipynb #88bab937
 def ruling_as_json(
     version: Deployment,  # that is watched
     ruling: Ruling,
@@ -58,7 +59,16 @@ def ruling_as_json(
     return {"watched": True, "since_ms": version.since_ms, "share": version.share, "carried_out": carried_out, "why": ruling.why,
             **ruling.as_json()}
 
-# %% ../nbs/93c_cli_rollout.ipynb #d5027289
+# %% ../nbs/93c_cli_rollout.ipynb #cbbdcae8
+def _print_unwatched(current: Current, as_json: bool) -> None:
+    "Write that no rollout runs, and what is live."
+    live = current.live.version if current.live else None
+    if as_json:
+        print_json({"watched": False, "live": live})
+    else:
+        typer.echo(f"no rollout runs; live is {live or 'configs/config.yaml, which nothing was deployed to yet'}")
+
+# %% ../nbs/93c_cli_rollout.ipynb #504e66bd
 @app.command("rollout", epilog=examples(
     "xsmom rollout                  # what is known, and what would be done",
     "xsmom rollout --step --json    # once a day: stay, advance or roll back"))
@@ -81,15 +91,12 @@ def rollout(
         panel = open_panel(current.config or Config(), data, dataset) if version else None
         facts = facts_of(state, folder.parent, current, panel, now_ms) if panel else None
         if version is None or facts is None:
-            live = current.live.version if current.live else None
-            if as_json:
-                print_json({"watched": False, "live": live})
-            else:
-                typer.echo(f"no rollout runs; live is {live or 'configs/config.yaml, which nothing was deployed to yet'}")
+            _print_unwatched(current, as_json)
             return
         ruling = step_rollout(state, folder, facts, now_ms) if step else rule_on(current, version, facts, now_ms)
-    if ruling is None:
-        return
+        if ruling is None:  # somebody took the version back while it was measured
+            _print_unwatched(read_current(state, folder), as_json)
+            return
     if as_json:
         print_json(ruling_as_json(version, ruling, step))
     else:

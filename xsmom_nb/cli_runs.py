@@ -64,6 +64,15 @@ def _remarks(
     return "; ".join([remark for remark, holds in said.items() if holds] + ([line.error.splitlines()[0]] if line.error else []))
 
 # %% ../nbs/94_cli_runs.ipynb #02c2f512
+_SHOWN = ("sharpe", "cagr", "max_drawdown", "turnover_per_year")  # metrics of a line
+
+
+def _row(line: RunLine) -> list[str]:
+    "A run as a line of the table."
+    return [line.run_id, line.kind, line.status, *(figure(name, (line.metrics or {}).get(name)) for name in _SHOWN),
+            "-" if line.seconds is None else f"{line.seconds:.0f}", line.origin or "-", _remarks(line)]
+
+# %% ../nbs/94_cli_runs.ipynb #3659ba6b
 @app.command("list", epilog=examples("xsmom runs list", "xsmom runs list backtest -n 5", "xsmom runs list --status failed"))
 def list_all(
     kind: Annotated[str | None, typer.Argument(metavar="KIND", help="Only this kind, as in backtest.")] = None,
@@ -81,20 +90,26 @@ def list_all(
     if as_json:
         print_json({"root": root, "runs": [vars(line) for line in lines]})
         return
-    shown = ("sharpe", "cagr", "max_drawdown", "turnover_per_year")
-    rows = [
-        [line.run_id, line.kind, line.status, *(figure(name, (line.metrics or {}).get(name)) for name in shown),
-         "-" if line.seconds is None else f"{line.seconds:.0f}", line.origin or "-", _remarks(line)]
-        for line in lines
-    ]
     heads = ["run", "kind", "status", "Sharpe", "CAGR", "drawdown", "turnover", "seconds", "data", "remarks"]
-    if rows:
-        print_table(heads, rows)
+    if lines:
+        print_table(heads, [_row(line) for line in lines])
     else:
         typer.echo(f"no runs in {root}; make one with `xsmom backtest`")
 
-# %% ../nbs/94_cli_runs.ipynb #506e67de
+# %% ../nbs/94_cli_runs.ipynb #b8c83327
 FIRST = ("run_id", "kind", "status", "error", "started_at", "ended_at", "origin", "holdout", "path", "bytes", "pruned")
+
+
+def _lines_of(facts: dict[str, Any]) -> dict[str, Any]:
+    "What is known of a run, a line each; `facts` is emptied."
+    groups = {name: facts.pop(name) for name in list(facts) if isinstance(facts[name], dict)}
+    files = facts.pop("files", None)
+    first = {name: facts.pop(name) for name in FIRST if name in facts}
+    figures = {f"metrics.{name}": figure(name, value) for name, value in groups.pop("metrics", {}).items()}
+    rest = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    return {**first, **figures, **facts, **rest, "files": ", ".join(files) if files is not None else None}
+
+# %% ../nbs/94_cli_runs.ipynb #a750ab05
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Beginning of a run id, a kind for its newest, or `latest`.")]
 
 
@@ -106,13 +121,8 @@ def show(run: RunArgument, config: ConfigOption = None, settings: SetOption = No
     facts = show_run(find_run(runs_root(effective_config(config, settings)), run))
     if as_json:
         print_json(facts)
-        return
-    groups = {name: facts.pop(name) for name in list(facts) if isinstance(facts[name], dict)}
-    files = facts.pop("files", None)
-    first = {name: facts.pop(name) for name in FIRST if name in facts}
-    figures = {f"metrics.{name}": figure(name, value) for name, value in groups.pop("metrics", {}).items()}
-    rest = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
-    print_facts({**first, **figures, **facts, **rest, "files": ", ".join(files) if files is not None else None})
+    else:
+        print_facts(_lines_of(facts))
 
 # %% ../nbs/94_cli_runs.ipynb #12c7f693
 @app.command("open", epilog=examples("xsmom runs open latest", "xsmom runs open backtest"))
@@ -206,6 +216,51 @@ def verify_all(
     raise_if_broken(found)
 
 # %% ../nbs/94_cli_runs.ipynb #d698dcef
+def _print_replay(
+    found: Replay,
+    as_json: bool,
+) -> None:
+    "Write what came of one replay; raises `RunError` when it is not confirmed."
+    from xsmom_nb.runs.replay import summary
+
+    if as_json:
+        print_json(found.as_json())
+    else:
+        typer.echo(f"{found.kind} {found.run_id}: " + "\n".join(summary(found)))
+    if not found.ok:
+        raise RunError(f"run {found.run_id} is not confirmed")
+
+# %% ../nbs/94_cli_runs.ipynb #aed8487f
+def _replays_as_json(results: list[tuple[Path, Replay | XsmomError]]) -> dict[str, Any]:
+    "Replays for machines, each with its folder."
+    from xsmom_nb.runs.replay import Replay, verdict_of
+
+    return {"runs": [{"run_id": folder.name, "kind": folder.parent.name, "verdict": verdict_of(result),
+                      **(result.as_json() if isinstance(result, Replay) else {"error": str(result)})}
+                     for folder, result in results]}
+
+# %% ../nbs/94_cli_runs.ipynb #15082e2b
+def _print_replays(
+    results: list[tuple[Path, Replay | XsmomError]],  # folder, and what came of it
+    as_json: bool,
+) -> None:
+    "Write a line for each replay and a count; raises `RunError` when one is not confirmed."
+    from xsmom_nb.runs.replay import Replay, summary, verdict_of
+
+    verdicts = [verdict_of(result) for _, result in results]
+    if as_json:
+        print_json(_replays_as_json(results))
+    elif results:
+        told = [summary(result)[0] if isinstance(result, Replay) else str(result).splitlines()[0] for _, result in results]
+        print_table(["run", "kind", "verdict", ""], [
+            [folder.name, folder.parent.name, *said] for (folder, _), *said in zip(results, verdicts, told, strict=True)])
+    if not as_json:
+        counts = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(["confirmed", *verdicts])}
+        typer.echo(f"{len(results):,} runs: " + ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items()))
+    if wrong := verdicts.count("not confirmed"):
+        raise RunError(f"{wrong:,} of {len(results):,} runs are not confirmed; `xsmom runs replay RUN` says more of one")
+
+# %% ../nbs/94_cli_runs.ipynb #ba1e15d8
 @app.command("replay", epilog=examples(
     "xsmom runs replay latest", "xsmom runs replay 20250331T23 --at-run", "xsmom runs replay --kind live_cycle",
     "xsmom runs replay --all --json"))
@@ -220,7 +275,7 @@ def replay(
 ) -> None:
     "Recompute a run from what it recorded and compare, bit for bit; exit status 1 when it is not confirmed."
     from xsmom_nb.runs.browse import find_run
-    from xsmom_nb.runs.replay import replay_run, replay_runs, summary
+    from xsmom_nb.runs.replay import replay_run, replay_runs
 
     if [run is not None, kind is not None, everything].count(True) != 1:
         raise UsageError("what to replay: expected either a RUN, or --kind KIND, or --all; see `xsmom runs list`")
@@ -232,37 +287,8 @@ def replay(
             found = replay_run(find_run(root, run), at_run, on_decision=report)
     if run is None:
         _print_replays(results, as_json)
-        return
-    if as_json:
-        print_json(found.as_json())
     else:
-        typer.echo(f"{found.kind} {found.run_id}: " + "\n".join(summary(found)))
-    if not found.ok:
-        raise RunError(f"run {found.run_id} is not confirmed")
-
-# %% ../nbs/94_cli_runs.ipynb #aed8487f
-def _print_replays(
-    results: list[tuple[Path, Replay | XsmomError]],  # folder, and what came of it
-    as_json: bool,
-) -> None:
-    "Write a line for each replay and a count; raises `RunError` when one is not confirmed."
-    from xsmom_nb.runs.replay import Replay, summary, verdict_of
-
-    verdicts = [verdict_of(result) for _, result in results]
-    names = [{"run_id": folder.name, "kind": folder.parent.name} for folder, _ in results]
-    if as_json:
-        facts = [result.as_json() if isinstance(result, Replay) else {"error": str(result)} for _, result in results]
-        parts = zip(names, verdicts, facts, strict=True)
-        print_json({"runs": [{**name, "verdict": verdict, **fact} for name, verdict, fact in parts]})
-    elif results:
-        told = [summary(result)[0] if isinstance(result, Replay) else str(result).splitlines()[0] for _, result in results]
-        print_table(["run", "kind", "verdict", ""], [
-            [*name.values(), verdict, text] for name, verdict, text in zip(names, verdicts, told, strict=True)])
-    if not as_json:
-        counts = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(["confirmed", *verdicts])}
-        typer.echo(f"{len(results):,} runs: " + ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items()))
-    if wrong := verdicts.count("not confirmed"):
-        raise RunError(f"{wrong:,} of {len(results):,} runs are not confirmed; `xsmom runs replay RUN` says more of one")
+        _print_replay(found, as_json)
 
 # %% ../nbs/94_cli_runs.ipynb #d4ee848b
 @app.command("why", epilog=examples("xsmom runs why latest BTCUSDT", "xsmom runs why live BTCUSDT --row 2025-03-31T22:00"))

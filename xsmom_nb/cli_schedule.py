@@ -21,6 +21,7 @@ from .options import DataOption, DatasetOption, JsonOption, runnable_config
 
 if TYPE_CHECKING:
     from xsmom_nb.config import Config
+    from xsmom_nb.market.panel import Panel
     from xsmom_nb.ops.entries import Entry, Schedule
     from xsmom_nb.ops.schedule import EntryMemory
     from xsmom_nb.ops.scheduler import InProcess
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['app', 'FileOption', 'SCHEDULE_FILE', 'OnceOption', 'EntryOption', 'SimulatedOption', 'HoursOption', 'AccountOption',
-           'schedule_of', 'known_commands', 'refused_here', 'run_here', 'run_entry', 'tell_of', 'words_at',
-           'for_simulation', 'quiet', 'called_by', 'last_line', 'print_simulated', 'simulate_here', 'run',
+           'schedule_of', 'known_commands', 'refused_here', 'run_here', 'tell_of', 'run_entry', 'words_at',
+           'for_simulation', 'quiet', 'last_line', 'called_by', 'print_simulated', 'simulate_here', 'run',
            'kept_memory', 'show', 'place_of', 'install', 'shadow']
 
 # %% ../nbs/95k_cli_schedule.ipynb #0db2c6b0
 app = new_app("What runs by itself, and when.")
 
-# %% ../nbs/95k_cli_schedule.ipynb #3f97c4e0
+# %% ../nbs/95k_cli_schedule.ipynb #165d5336
 FileOption = Annotated[str | None, typer.Option("--file", metavar="PATH", help="The schedule; else configs/schedule.yaml.")]
 
 
@@ -48,7 +49,7 @@ def schedule_of(
 
     return load_schedule(Path(path) if path else project / "configs" / "schedule.yaml")
 
-
+# %% ../nbs/95k_cli_schedule.ipynb #83a80acb
 def known_commands(
     group: Any,  # a group of commands
     before: tuple[str, ...] = (),
@@ -60,7 +61,7 @@ def known_commands(
         else:
             yield (*before, name)
 
-
+# %% ../nbs/95k_cli_schedule.ipynb #79188d31
 def refused_here(
     schedule: Schedule,
     project: Path,
@@ -104,41 +105,22 @@ def run_here(
         run_schedule(scheduler, stop, Told(), lambda text: typer.echo(text, err=True), once)
 
 # %% ../nbs/95k_cli_schedule.ipynb #95b4149d
-def run_entry(
-    name: str,  # --entry
-    schedule: Schedule,
-    config: Config,
-    project: Path,
-    refused: Mapping[str, str],
-) -> None:
-    "Run one entry now; raises `UsageError` for an unknown one and `RunError` when it fails."
-    from xsmom_nb.clock import SystemClock
-    from xsmom_nb.ops.scheduler import Processes, Scheduler, Told, run_schedule
-    from xsmom_nb.ops.schedule import EntryMemory
-    from xsmom_nb.ops.stopping import stop_on_signals
-    from xsmom_nb.state import memory_state, open_state
-
+def _entry_named(name: str, schedule: Schedule, refused: Mapping[str, str]) -> Entry:
+    "The entry that is meant; raises `UsageError` for an unknown one, and for one that cannot run."
     known = {entry.name: entry for entry in schedule.entries}
     if name not in known:
         hint = nearest_name(name, list(known)) or f"; known are {', '.join(known)}"
         raise UsageError(f"--entry {name!r}: no such entry{hint}")
     if name in refused:
         raise UsageError(f"--entry {name}: it cannot run here: {refused[name]}")
-    only = schedule.model_copy(update={"entries": (known[name].model_copy(update={"after": (), "enabled": True}),)})
-    launcher = Processes(project, project / config.logging.directory / "schedule", schedule.keep_log_days)
-    with stop_on_signals() as stop, memory_state() as own:
-        now_ms = SystemClock().now_ms()
-        scheduler = Scheduler(only, own, SystemClock(), launcher)
-        scheduler.memory = {name: EntryMemory(now_ms, waiting_ms=now_ms)}
-        run_schedule(scheduler, stop, Told(), lambda text: typer.echo(text, err=True), once=True)
-        with open_state(config.live.state_url, base=project) as state:
-            tell_of(own, state)
-    last = scheduler.memory[name].last
-    if last is None or last.result != "done":
-        raise RunError(f"{name}: {last.result if last else 'not started'}; its output is in {launcher.logs}")
-    typer.echo(f"{name}: done in {(last.ended_ms - last.started_ms) / 1000:.1f} s; its output is in {launcher.logs}")
+    return known[name]
 
+# %% ../nbs/95k_cli_schedule.ipynb #db91aed9
+def _alone(entry: Entry, schedule: Schedule) -> Schedule:
+    "A schedule of one entry that waits for nobody."
+    return schedule.model_copy(update={"entries": (entry.model_copy(update={"after": (), "enabled": True}),)})
 
+# %% ../nbs/95k_cli_schedule.ipynb #8c7b4ce5
 def tell_of(
     own: Any,  # a state with events
     state: Any,  # the one whose events are delivered
@@ -153,7 +135,36 @@ def tell_of(
             for event in told:
                 emit(connection, event.time_ms, event.level, event.kind, event.text, event.symbol, event.data)
 
-# %% ../nbs/95k_cli_schedule.ipynb #db91aed9
+# %% ../nbs/95k_cli_schedule.ipynb #8dfb329f
+def run_entry(
+    name: str,  # --entry
+    schedule: Schedule,
+    config: Config,
+    project: Path,
+    refused: Mapping[str, str],
+) -> None:
+    "Run one entry now; raises `UsageError` for an unknown one and `RunError` when it fails."
+    from xsmom_nb.clock import SystemClock
+    from xsmom_nb.ops.scheduler import Processes, Scheduler, Told, run_schedule
+    from xsmom_nb.ops.schedule import EntryMemory
+    from xsmom_nb.ops.stopping import stop_on_signals
+    from xsmom_nb.state import memory_state, open_state
+
+    only = _alone(_entry_named(name, schedule, refused), schedule)
+    launcher = Processes(project, project / config.logging.directory / "schedule", schedule.keep_log_days)
+    with stop_on_signals() as stop, memory_state() as own:
+        now_ms = SystemClock().now_ms()
+        scheduler = Scheduler(only, own, SystemClock(), launcher)
+        scheduler.memory = {name: EntryMemory(now_ms, waiting_ms=now_ms)}
+        run_schedule(scheduler, stop, Told(), lambda text: typer.echo(text, err=True), once=True)
+        with open_state(config.live.state_url, base=project) as state:
+            tell_of(own, state)
+    last = scheduler.memory[name].last
+    if last is None or last.result != "done":
+        raise RunError(f"{name}: {last.result if last else 'not started'}; its output is in {launcher.logs}")
+    typer.echo(f"{name}: done in {(last.ended_ms - last.started_ms) / 1000:.1f} s; its output is in {launcher.logs}")
+
+# %% ../nbs/95k_cli_schedule.ipynb #99fc87a8
 def words_at(
     account: str,
     rebalance_minute: int,  # of the trader
@@ -172,7 +183,7 @@ def words_at(
 
     return words
 
-
+# %% ../nbs/95k_cli_schedule.ipynb #eea9bf1b
 def for_simulation(
     schedule: Schedule,
 ) -> Schedule:
@@ -182,7 +193,7 @@ def for_simulation(
     slim = [entry.model_copy(update={"after": tuple(each for each in entry.after if each in names)}) for entry in kept]
     return schedule.model_copy(update={"entries": tuple(slim)})
 
-# %% ../nbs/95k_cli_schedule.ipynb #8c7b4ce5
+# %% ../nbs/95k_cli_schedule.ipynb #ffe16aeb
 @contextlib.contextmanager
 def quiet(path: Path) -> Iterator[None]:
     "Whatever is said inside goes into a file."
@@ -192,7 +203,12 @@ def quiet(path: Path) -> Iterator[None]:
     with open(path, "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield
 
+# %% ../nbs/95k_cli_schedule.ipynb #299f27d7
+def last_line(path: Path) -> str:
+    "The last line of a file."
+    return next((line for line in reversed(path.read_text(errors="replace").splitlines()) if line.strip()), "")
 
+# %% ../nbs/95k_cli_schedule.ipynb #dc317ead
 def called_by(
     context: typer.Context,  # of the running command
     log: Path,  # for the output
@@ -214,12 +230,7 @@ def called_by(
 
     return call
 
-# %% ../nbs/95k_cli_schedule.ipynb #e2057eee
-def last_line(path: Path) -> str:
-    "The last line of a file."
-    return next((line for line in reversed(path.read_text(errors="replace").splitlines()) if line.strip()), "")
-
-
+# %% ../nbs/95k_cli_schedule.ipynb #8664b88b
 def _say_of(name: str, time_ms: int, seconds: float, status: int) -> None:
     "Write a line about a run that is over."
     from xsmom_nb.clock import format_utc
@@ -227,7 +238,7 @@ def _say_of(name: str, time_ms: int, seconds: float, status: int) -> None:
     said = "done" if status == 0 else f"failed with exit status {status}"
     typer.echo(f"{format_utc(time_ms)}  {name:<16} {said} in {seconds:.1f} s")
 
-
+# %% ../nbs/95k_cli_schedule.ipynb #95cea0d1
 def print_simulated(
     launcher: InProcess,  # after the simulation
     account: str,
@@ -250,10 +261,52 @@ def print_simulated(
         "took": f"{sum(each[2] for each in took):.0f} s", "left out": ", ".join(left_out) or None, "output": log,
         "next": f"xsmom status --account {account}"})
 
-# %% ../nbs/95k_cli_schedule.ipynb #8dfb329f
+# %% ../nbs/95k_cli_schedule.ipynb #c2b8c07f
 SCHEDULE_FILE = "schedule.sqlite"  # in the folder of a simulated account
 
 
+def _begin_account_anew(account: str, project: Path) -> None:
+    "Delete a simulated account and what its schedule remembers; raises `RefusedError` while a process trades with it."
+    from xsmom_nb.runs.rehearsal import ACCOUNTS, begin_anew
+
+    begin_anew(account, project)
+    for path in (project / ACCOUNTS / account).glob(f"{SCHEDULE_FILE}*"):
+        path.unlink()
+
+# %% ../nbs/95k_cli_schedule.ipynb #aae230dc
+def _times_of(own: Config, calendar: Panel, project: Path, start: str | None, hours: int, fresh: bool) -> list[int]:
+    "When the cycles of an account take place, UTC ms; raises `RefusedError`, `UsageError`."
+    from xsmom_nb.clock import parse_utc
+    from xsmom_nb.runs.rehearsal import Reached, reached_by, simulated_times
+
+    reached = Reached() if fresh else reached_by(own, project)
+    return simulated_times(own, calendar, hours, parse_utc(start) if start else None, reached)
+
+# %% ../nbs/95k_cli_schedule.ipynb #011cfcb6
+def _simulate(schedule: Schedule, account: str, project: Path, launcher: InProcess, span_ms: tuple[int, int],
+              stop: threading.Event) -> None:  # fmt: skip
+    "Let a schedule run over a span of simulated time, UTC ms; its memory and its events lie beside the account."
+    from xsmom_nb.clock import SimulatedClock
+    from xsmom_nb.ops.scheduler import Scheduler, simulate_schedule
+    from xsmom_nb.runs.rehearsal import ACCOUNTS
+    from xsmom_nb.state import open_state
+
+    clock = SimulatedClock(span_ms[0] - 60_000)
+    with open_state(f"sqlite:///{ACCOUNTS}/{account}/{SCHEDULE_FILE}", base=project) as state:
+        scheduler = Scheduler(schedule, state, clock, launcher)
+        scheduler.recover()
+        simulate_schedule(scheduler, clock, span_ms[1] - 60_000, stop)
+
+# %% ../nbs/95k_cli_schedule.ipynb #d87cae99
+def _refuse_failures(launcher: InProcess, has_stopped: bool, log: Path) -> None:
+    "Raise `RunError` when a run has failed."
+    from xsmom_nb.clock import format_utc
+
+    if failed := [f"{name} at {format_utc(time_ms)}" for name, time_ms, _, status in launcher.took if status]:
+        ends = f", and the simulation ends there: {last_line(log)}" if has_stopped else ""
+        raise RunError(f"{', '.join(failed)} failed{ends}; all output is in {log}")
+
+# %% ../nbs/95k_cli_schedule.ipynb #bdc62446
 def simulate_here(
     schedule: Schedule,
     context: typer.Context,
@@ -264,45 +317,41 @@ def simulate_here(
     as_json: bool,  # --json
 ) -> None:
     "Let a simulated account trade under a schedule, over recorded hours; raises `RunError` when a run fails."
-    from xsmom_nb.clock import SimulatedClock, format_utc, parse_utc, timeframe_ms
-    from xsmom_nb.ops.scheduler import InProcess, Scheduler, simulate_schedule
+    from xsmom_nb.clock import timeframe_ms
+    from xsmom_nb.ops.scheduler import InProcess
     from xsmom_nb.runs.execute import find_project
-    from xsmom_nb.runs.rehearsal import ACCOUNTS, Reached, account_config, begin_anew, reached_by, simulated_times
-    from xsmom_nb.state import open_state
+    from xsmom_nb.runs.rehearsal import account_config
 
     project, config = find_project(), config_in_force()()
     own, (_, calendar) = account_config(config, account), recording_of(config, None, None)
-    step_ms = timeframe_ms(calendar.timeframe)
-    place = project / ACCOUNTS / account
-    reached = Reached() if fresh else reached_by(own, project)
-    times_ms = simulated_times(own, calendar, hours, parse_utc(start) if start else None, reached)
+    step_ms, times_ms = timeframe_ms(calendar.timeframe), _times_of(own, calendar, project, start, hours, fresh)
     if fresh:
-        begin_anew(account, project)
-        for path in place.glob(f"{SCHEDULE_FILE}*"):
-            path.unlink()
-    log = project / config.logging.directory / "schedule" / f"simulated-{account}.log"
-    clock, chosen = SimulatedClock(times_ms[0] - 60_000), for_simulation(schedule)
-    left_out = [entry.name for entry in schedule.entries if entry.name not in {each.name for each in chosen.entries}]
-    stop = threading.Event()
+        _begin_account_anew(account, project)
+    log, stop = project / config.logging.directory / "schedule" / f"simulated-{account}.log", threading.Event()
     launcher = InProcess(called_by(context, log, stop), words_at(account, config.live.rebalance_minute, step_ms),
                          (lambda *run: None) if as_json else _say_of)
-    with open_state(f"sqlite:///{ACCOUNTS}/{account}/{SCHEDULE_FILE}", base=project) as state:
-        scheduler = Scheduler(chosen, state, clock, launcher)
-        scheduler.recover()
-        simulate_schedule(scheduler, clock, times_ms[-1] + step_ms - 60_000, stop)
+    chosen = for_simulation(schedule)
+    left_out = [entry.name for entry in schedule.entries if entry.name not in {each.name for each in chosen.entries}]
+    _simulate(chosen, account, project, launcher, (times_ms[0], times_ms[-1] + step_ms), stop)
     print_simulated(launcher, account, left_out, log, as_json)
-    if failed := [f"{name} at {format_utc(time_ms)}" for name, time_ms, _, status in launcher.took if status]:
-        ends = f", and the simulation ends there: {last_line(log)}" if stop.is_set() else ""
-        raise RunError(f"{', '.join(failed)} failed{ends}; all output is in {log}")
+    _refuse_failures(launcher, stop.is_set(), log)
 
-# %% ../nbs/95k_cli_schedule.ipynb #c135aed8
+# %% ../nbs/95k_cli_schedule.ipynb #93827b35
 OnceOption = Annotated[bool, typer.Option("--once", help="Start what is due now, wait for it, and end.")]
 EntryOption = Annotated[str | None, typer.Option("--entry", metavar="NAME", help="Run this entry now, and nothing else.")]
 SimulatedOption = Annotated[bool, typer.Option("--simulated", help="On a simulated clock over recorded bars.")]
 HoursOption = Annotated[int | None, typer.Option("--hours", metavar="N", min=1, help="So many, with --simulated; else 24.")]
 AccountOption = Annotated[str | None, typer.Option("--account", metavar="NAME", help="Simulated account; else `scheduled`.")]
 
+# %% ../nbs/95k_cli_schedule.ipynb #e30e98b3
+def _refuse_mixture(simulated: bool, single: bool, given: Mapping[str, bool]) -> None:
+    "Raise `UsageError` for options that do not go together; `given` are those of a simulated clock."
+    if lost := [option for option, is_given in given.items() if is_given and not simulated]:
+        raise UsageError(f"{', '.join(lost)}: only on a simulated clock; expected --simulated with it")
+    if simulated and single:
+        raise UsageError("--simulated: it takes whole hours; expected neither --once nor --entry with it")
 
+# %% ../nbs/95k_cli_schedule.ipynb #21749683
 @app.command("run", epilog=examples(
     "xsmom schedule run                                   # until it is told to end",
     "xsmom schedule run --entry parity_ledger             # this one, now",
@@ -316,12 +365,9 @@ def run(
     "Run the schedule: each entry at its time, in its order, as a process of its own."
     from xsmom_nb.runs.execute import find_project
 
-    given = {"--start": start is not None, "--hours": hours is not None, "--account": account is not None, "--fresh": fresh,
-             "--json": as_json}
-    if lost := [option for option, is_given in given.items() if is_given and not simulated]:
-        raise UsageError(f"{', '.join(lost)}: only on a simulated clock; expected --simulated with it")
-    if simulated and (once or entry):
-        raise UsageError("--simulated: it takes whole hours; expected neither --once nor --entry with it")
+    _refuse_mixture(simulated, bool(once or entry), {
+        "--start": start is not None, "--hours": hours is not None, "--account": account is not None, "--fresh": fresh,
+        "--json": as_json})
     project = find_project()
     schedule, config = schedule_of(file, project), runnable_config(None, None)
     if simulated:
@@ -336,7 +382,7 @@ def run(
     else:
         run_here(schedule, config, project, refused, once)
 
-# %% ../nbs/95k_cli_schedule.ipynb #99fc87a8
+# %% ../nbs/95k_cli_schedule.ipynb #405c0184
 def _said_of(known: EntryMemory | None) -> str:
     "How the last run of an entry ended, or that it runs."
     from xsmom_nb.clock import format_utc
@@ -349,7 +395,7 @@ def _said_of(known: EntryMemory | None) -> str:
         return "never ran"
     return f"{known.last.result} at {format_utc(known.last.ended_ms)}"
 
-
+# %% ../nbs/95k_cli_schedule.ipynb #0a214bd4
 def kept_memory(
     config: Config,
     project: Path,
@@ -365,28 +411,32 @@ def kept_memory(
     with open_state(config.live.state_url, base=project) as state, state.read() as connection:
         return memory_from_json(load_memory(connection, MEMORY))
 
+# %% ../nbs/95k_cli_schedule.ipynb #bc0a93b2
+def _row_of(entry: Entry, known: EntryMemory | None, why: str | None, now_ms: int) -> dict[str, Any]:
+    "An entry as a row of the list; `why` says that it cannot run."
+    from dataclasses import asdict
 
+    from xsmom_nb.clock import format_utc
+    from xsmom_nb.ops.entries import next_slot_ms
+
+    runs = entry.enabled and why is None
+    return {"name": entry.name, "runs": entry.command or f"run {entry.notebook}", "when": entry.cron or f"every {entry.every}",
+            "after": list(entry.after), "next": format_utc(next_slot_ms(entry, now_ms)) if runs else None,
+            "last": asdict(known.last) if known and known.last else None, "said": _said_of(known),
+            "problem": why, "enabled": entry.enabled}
+
+# %% ../nbs/95k_cli_schedule.ipynb #9981bf96
 @app.command("list", epilog=examples("xsmom schedule list", "xsmom schedule list --json"))
 def show(context: typer.Context, file: FileOption = None, as_json: JsonOption = False) -> None:
     "Show every entry: when it is next, how its last run ended, why it cannot run."
-    from dataclasses import asdict
-
-    from xsmom_nb.clock import SystemClock, format_utc
-    from xsmom_nb.ops.entries import next_slot_ms
+    from xsmom_nb.clock import SystemClock
     from xsmom_nb.options import effective_config
     from xsmom_nb.runs.execute import find_project
 
     project, now_ms = find_project(), SystemClock().now_ms()
     schedule = schedule_of(file, project)
     refused, memory = refused_here(schedule, project, context), kept_memory(effective_config(None, None), project)
-    rows: list[dict[str, Any]] = []
-    for entry in schedule.entries:
-        runs, known = entry.enabled and entry.name not in refused, memory.get(entry.name)
-        rows.append({
-            "name": entry.name, "runs": entry.command or f"run {entry.notebook}", "when": entry.cron or f"every {entry.every}",
-            "after": list(entry.after), "next": format_utc(next_slot_ms(entry, now_ms)) if runs else None,
-            "last": asdict(known.last) if known and known.last else None, "said": _said_of(known),
-            "problem": refused.get(entry.name), "enabled": entry.enabled})
+    rows = [_row_of(entry, memory.get(entry.name), refused.get(entry.name), now_ms) for entry in schedule.entries]
     if as_json:
         print_json({"entries": rows})
         return
@@ -396,7 +446,7 @@ def show(context: typer.Context, file: FileOption = None, as_json: JsonOption = 
     for name, why in refused.items():
         warn(f"{name} does not run: {why}")
 
-# %% ../nbs/95k_cli_schedule.ipynb #eea9bf1b
+# %% ../nbs/95k_cli_schedule.ipynb #d417179f
 def place_of(
     user: bool,  # --user
     prefix: str | None,  # --prefix
@@ -415,7 +465,7 @@ def place_of(
     tree = Path(home).resolve() if home else project
     return Place(Path(prefix or project), tree, cache_folder().parent / "xsmom", tree / ".env", "", executable)
 
-
+# %% ../nbs/95k_cli_schedule.ipynb #2536da4a
 @app.command("install", epilog=examples(
     "xsmom schedule install --print                       # only show them",
     "sudo xsmom schedule install                          # the schedule as a service, and what runs beside it",

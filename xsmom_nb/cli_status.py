@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,16 +20,45 @@ if TYPE_CHECKING:
     from xsmom_nb.live.status import PaperStanding, Standing
 
 # %% auto #0
-__all__ = ['app', 'MESSAGES_SHOWN', 'AccountOption', 'warnings_of', 'age', 'version_facts', 'status_facts', 'print_positions',
-           'status_as_json', 'read_account', 'status']
+__all__ = ['app', 'MESSAGES_SHOWN', 'AccountOption', 'read_account', 'warnings_of', 'age', 'version_facts', 'status_facts',
+           'print_positions', 'status_as_json', 'status']
 
 # %% ../nbs/95c_cli_status.ipynb #c7e4e2ab
 app = new_app("See where an account stands.")
 
-# %% ../nbs/95c_cli_status.ipynb #bd58f35e
+# %% ../nbs/95c_cli_status.ipynb #f32cf813
+def read_account(
+    config: Config,  # of the account
+) -> tuple[Standing, PaperStanding | None] | None:  # None when nothing was traded yet
+    "Where an account stands, by its files; raises `StateError` for those that cannot be read."
+    from xsmom_nb.live.status import read_paper, read_standing
+    from xsmom_nb.runs.execute import find_project
+    from xsmom_nb.runs.rehearsal import state_exists
+    from xsmom_nb.state import open_state
+
+    project = find_project()
+    if not state_exists(config.live.state_url, project):
+        return None
+    with open_state(config.live.state_url, base=project) as state:
+        standing = read_standing(state)
+    if standing.time_ms is None:
+        return None
+    return standing, read_paper(config, project) if config.live.mode == "paper" else None
+
+# %% ../nbs/95c_cli_status.ipynb #479134e3
 MESSAGES_SHOWN = 10  # of those that nobody was told, the newest
 
 
+def _untold(standing: Standing) -> list[str]:
+    "The serious messages that nobody was told, the newest last."
+    from xsmom_nb.clock import format_utc
+
+    serious = [event for event in standing.events if event.level in ("WARNING", "ERROR", "CRITICAL")]
+    said = [f"{format_utc(event.time_ms)} {event.kind}: {event.text}" for event in serious[-MESSAGES_SHOWN:]]
+    more = len(serious) - MESSAGES_SHOWN
+    return [*said, *([f"{more:,} earlier messages were not delivered either"] if more > 0 else [])]
+
+# %% ../nbs/95c_cli_status.ipynb #a4ad80dd
 def warnings_of(
     standing: Standing,
     paper: PaperStanding | None,
@@ -41,10 +71,7 @@ def warnings_of(
     said = [f"order {name} is {entry.status} since {format_utc(entry.created_ms)}; the next cycle asks the exchange"
             for name, entry in unsettled]
     said += disagreements(standing, paper.positions) if paper is not None else []
-    serious = [event for event in standing.events if event.level in ("WARNING", "ERROR", "CRITICAL")]
-    said += [f"{format_utc(event.time_ms)} {event.kind}: {event.text}" for event in serious[-MESSAGES_SHOWN:]]
-    more = len(serious) - MESSAGES_SHOWN
-    return [*said, *([f"{more:,} earlier messages were not delivered either"] if more > 0 else [])]
+    return [*said, *_untold(standing)]
 
 # %% ../nbs/95c_cli_status.ipynb #39750c2e
 def age(
@@ -66,22 +93,33 @@ def version_facts(
             f"{each.version}, stage {each.stage}, {each.share:.0%} of its targets, since {format_utc(each.since_ms)}"
             for each in sorted(standing.deployed, key=lambda each: each.status, reverse=True)}
 
-# %% ../nbs/95c_cli_status.ipynb #27c48e7d
+# %% ../nbs/95c_cli_status.ipynb #45d538a8
+def _moments(now_ms: int | None) -> Callable[[int], str]:
+    "A function that says a moment; `now_ms` is for ages, None for a simulated account."
+    from xsmom_nb.clock import format_utc
+
+    return lambda time_ms: format_utc(time_ms) + ("" if now_ms is None else f", {age((now_ms - time_ms) / 1000)} ago")
+
+# %% ../nbs/95c_cli_status.ipynb #c688b8f4
+def _holders(standing: Standing) -> str:
+    "Who works with the account."
+    from xsmom_nb.clock import SystemClock
+    from xsmom_nb.lease import is_alive
+
+    clock_ms = SystemClock().now_ms()
+    held = [f"{lease.name}: {lease}{'' if is_alive(lease, clock_ms) else ', dead'}" for lease in standing.leases]
+    return "; ".join(held) or "nobody trades at the moment"
+
+# %% ../nbs/95c_cli_status.ipynb #992aa567
 def status_facts(
     standing: Standing,
     paper: PaperStanding | None,
     now_ms: int | None,  # for ages, UTC ms; None: a simulated account
 ) -> dict[str, str | None]:  # a line each
     "The standing of an account in words."
-    from xsmom_nb.clock import SystemClock, format_utc
-    from xsmom_nb.lease import is_alive
+    from xsmom_nb.clock import format_utc
 
-    def when(time_ms: int) -> str:
-        return format_utc(time_ms) if now_ms is None else f"{format_utc(time_ms)}, {age((now_ms - time_ms) / 1000)} ago"
-
-    intents = Counter(entry.status for entry in standing.intents)
-    clock_ms = SystemClock().now_ms()
-    holders = [f"{lease.name}: {lease}{'' if is_alive(lease, clock_ms) else ', dead'}" for lease in standing.leases]
+    when, intents = _moments(now_ms), Counter(entry.status for entry in standing.intents)
     reached = f"equity {paper.account.equity:,.2f} at {when(paper.reached_ms)}" if paper is not None else None
     row_ms = standing.memory.last_row_ms
     return {
@@ -93,7 +131,7 @@ def status_facts(
         "unfinished": ", ".join(standing.memory.unfinished) or "nothing",
         "intents": ", ".join(f"{count} {status}" for status, count in sorted(intents.items())) or "none open",
         **{each.process: f"{each.step}, {when(each.time_ms)}" for each in standing.heartbeats},
-        "lease": "; ".join(holders) or "nobody trades at the moment", "untold": f"{len(standing.events)} messages",
+        "lease": _holders(standing), "untold": f"{len(standing.events)} messages",
     }  # fmt: skip
 
 # %% ../nbs/95c_cli_status.ipynb #53c61559
@@ -117,7 +155,7 @@ def print_positions(
     else:
         typer.echo("no positions")
 
-# %% ../nbs/95c_cli_status.ipynb #ba39c2dc
+# %% ../nbs/95c_cli_status.ipynb #e8234acc
 def _plain(
     value: Any,  # of a record
 ) -> Any:  # what JSON takes
@@ -130,7 +168,7 @@ def _plain(
         return {name: _plain(each) for name, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
-
+# %% ../nbs/95c_cli_status.ipynb #2ba9a63d
 def status_as_json(
     standing: Standing,
     paper: PaperStanding | None,
@@ -144,31 +182,24 @@ def status_as_json(
     facts = {**parts, "today": standing.today, "drawdown": standing.drawdown, "intents": intents, "paper": exchange}
     return {**_plain(facts), "warnings": warnings_of(standing, paper)}
 
-# %% ../nbs/95c_cli_status.ipynb #f32cf813
-def read_account(
-    config: Config,  # of the account
-) -> tuple[Standing, PaperStanding | None] | None:  # None when nothing was traded yet
-    "Where an account stands, by its files; raises `StateError` for those that cannot be read."
-    from xsmom_nb.live.status import read_paper, read_standing
-    from xsmom_nb.runs.execute import find_project
-    from xsmom_nb.runs.rehearsal import state_exists
-    from xsmom_nb.state import open_state
-
-    project = find_project()
-    if not state_exists(config.live.state_url, project):
-        return None
-    with open_state(config.live.state_url, base=project) as state:
-        standing = read_standing(state)
-    if standing.time_ms is None:
-        return None
-    return standing, read_paper(config, project) if config.live.mode == "paper" else None
-
-# %% ../nbs/95c_cli_status.ipynb #e72d5229
+# %% ../nbs/95c_cli_status.ipynb #4dd25376
 AccountOption = Annotated[
     str | None, typer.Option("--account", metavar="NAME", help="A simulated account; else the one that counts.")
 ]
 
+# %% ../nbs/95c_cli_status.ipynb #c75d6240
+def _print_status(standing: Standing, paper: PaperStanding | None, account: str | None, mode: str) -> None:
+    "Write where an account stands, for people."
+    from xsmom_nb.clock import SystemClock
 
+    now_ms = None if account else SystemClock().now_ms()
+    print_facts({"account": account or mode, "state": standing.location, **status_facts(standing, paper, now_ms)})
+    typer.echo()
+    print_positions(standing, paper)
+    for warning in warnings_of(standing, paper):
+        warn(warning)
+
+# %% ../nbs/95c_cli_status.ipynb #d5d365aa
 @app.command("status", epilog=examples("xsmom status", "xsmom status --account simulated", "xsmom status --json"))
 def status(
     config: ConfigOption = None,
@@ -177,7 +208,6 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     "Show where an account stands, from its files alone."
-    from xsmom_nb.clock import SystemClock
     from xsmom_nb.runs.rehearsal import account_config
 
     effective = effective_config(config, settings)
@@ -190,10 +220,4 @@ def status(
         hint = f"xsmom live --cycles 24{f' --account {account}' if account else ''}"
         typer.echo(f"nothing was traded yet with {effective.live.state_url}; to rehearse: `{hint}`; by the clock: `xsmom live`")
     else:
-        now_ms = None if account else SystemClock().now_ms()
-        whose = {"account": account or effective.live.mode, "state": found[0].location}
-        print_facts({**whose, **status_facts(*found, now_ms)})
-        typer.echo()
-        print_positions(*found)
-        for warning in warnings_of(*found):
-            warn(warning)
+        _print_status(*found, account, effective.live.mode)

@@ -5,8 +5,8 @@
 # %% ../nbs/95f_cli_stream.ipynb #eae19299
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from xsmom_nb.config import Config
     from xsmom_nb.exchange.keeper import BarKeeper
     from xsmom_nb.market.store import Store
+    from xsmom_nb.ports import Bar
 
 # %% auto #0
 __all__ = ['app', 'SymbolOption', 'SinceOption', 'BarsOption', 'streamed_symbols', 'keep_current', 'stream']
@@ -41,6 +42,35 @@ def streamed_symbols(
     return found
 
 # %% ../nbs/95f_cli_stream.ipynb #d91bceb8
+class _Witness:
+    "Says and counts what is heard."
+
+    def __init__(self, symbols: Sequence[str], log: Any, quiet: bool) -> None:
+        self.got, self.log, self.quiet = dict.fromkeys(symbols, 0), log, quiet
+
+    def _echo(self, line: str) -> None:
+        if not self.quiet:
+            typer.echo(line, err=True)
+
+    def said(self, line: str) -> None:
+        "Something happened to the line."
+        self.log.info("line", said=line)
+        self._echo(line)
+
+    def on_bar(self, symbol: str, bar: Bar) -> None:
+        "A bar was confirmed."
+        from xsmom_nb.clock import format_utc
+
+        self.got[symbol] += 1
+        self.log.debug("bar", symbol=symbol, open_time=format_utc(bar.open_time_ms), close=bar.close)
+        self._echo(f"{symbol} {format_utc(bar.open_time_ms)} close {bar.close:g}")
+
+# %% ../nbs/95f_cli_stream.ipynb #d35910f5
+def _enough(keeper: BarKeeper, got: dict[str, int], bars: int | None) -> Callable[[], bool]:
+    "A question to be asked again and again: has every symbol got its bars, and is nothing in doubt?"
+    return lambda: bars is not None and min(got.values()) >= bars and not keeper.is_doubtful
+
+# %% ../nbs/95f_cli_stream.ipynb #7cb7f974
 def keep_current(
     config: Config,  # `live.mode`, `exchange`
     store: Store,
@@ -53,42 +83,27 @@ def keep_current(
     "Listen, and keep a store current; raises `DataError` where the exchange refuses."
     import asyncio
 
-    from xsmom_nb.clock import SystemClock, format_utc
+    from xsmom_nb.clock import SystemClock
     from xsmom_nb.exchange.bybit import BybitMarket
     from xsmom_nb.exchange.keeper import BarKeeper
     from xsmom_nb.exchange.line import open_line
     from xsmom_nb.exchange.stream import follow, open_stream, public_channel
     from xsmom_nb.logs import logger
-    from xsmom_nb.ports import Bar
 
-    clock, got, log = SystemClock(), dict.fromkeys(symbols, 0), logger(process="stream")
-    echo = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
-
-    def said(line: str) -> None:
-        log.info("line", said=line)
-        echo(line)
-
-    def on_bar(symbol: str, bar: Bar) -> None:
-        got[symbol] += 1
-        log.debug("bar", symbol=symbol, open_time=format_utc(bar.open_time_ms), close=bar.close)
-        echo(f"{symbol} {format_utc(bar.open_time_ms)} close {bar.close:g}")
-
+    clock, log = SystemClock(), logger(process="stream")
+    witness = _Witness(symbols, log, quiet)
     port = BybitMarket(open_line(config, clock), config.exchange.quote)
-    keeper = BarKeeper(port, store, symbols, timeframe, start_ms, on_bar, said)
+    keeper = BarKeeper(port, store, symbols, timeframe, start_ms, witness.on_bar, witness.said)
     client = open_stream(config, clock)
     channel = public_channel(client, keeper.topics())
-
-    def is_enough() -> bool:
-        return bars is not None and min(got.values()) >= bars and not keeper.is_doubtful
-
     log.info("streaming", symbols=len(symbols), timeframe=timeframe, store=str(store.root / store.dataset))
     try:
-        asyncio.run(follow(client, [(channel, keeper)], said, is_enough))
+        asyncio.run(follow(client, [(channel, keeper)], witness.said, _enough(keeper, witness.got, bars)))
     finally:
         log.info("ended", streamed=keeper.streamed, repaired=keeper.repaired)
     return keeper
 
-# %% ../nbs/95f_cli_stream.ipynb #d35910f5
+# %% ../nbs/95f_cli_stream.ipynb #96635136
 SymbolOption = Annotated[
     list[str] | None, typer.Option("--symbol", metavar="SYMBOL", help="Whose bars, repeatable; else the store's, the whitelist.")
 ]
@@ -99,7 +114,7 @@ BarsOption = Annotated[
     int | None, typer.Option("--bars", metavar="N", min=1, help="End when each symbol has so many from the stream; else never.")
 ]
 
-
+# %% ../nbs/95f_cli_stream.ipynb #ce46249e
 @app.command("stream", epilog=examples(
     "xsmom stream                                          # the symbols of the store, from the exchange of live.mode",
     "xsmom stream --symbol BTCUSDT --symbol ETHUSDT --start 2025-01-01 --data ~/bars --dataset bybit",

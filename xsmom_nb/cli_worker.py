@@ -5,6 +5,7 @@
 # %% ../nbs/95g_cli_worker.ipynb #e4608b7f
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +27,7 @@ __all__ = ['app', 'JOURNAL', 'StudyOption', 'StorageOption', 'JournalOption', 'T
 # %% ../nbs/95g_cli_worker.ipynb #d49059b2
 app = new_app("Help a search.")
 
-# %% ../nbs/95g_cli_worker.ipynb #6ea13643
+# %% ../nbs/95g_cli_worker.ipynb #14d03af9
 def desk_of(
     config: Config,
     data: str | None,  # --data
@@ -42,7 +43,7 @@ def desk_of(
     market_store(config, data, dataset, length)
     return Desk.of(open_panel(config, data, dataset, length), config, threads)
 
-
+# %% ../nbs/95g_cli_worker.ipynb #a752ac32
 JOURNAL = "state/studies.journal"  # in the project
 
 
@@ -59,7 +60,7 @@ def journal_path(
                          "--journal, or a database with --storage")
     return path
 
-# %% ../nbs/95g_cli_worker.ipynb #14d03af9
+# %% ../nbs/95g_cli_worker.ipynb #139a3619
 StudyOption = Annotated[str, typer.Option("--study", metavar="NAME", help="Study, or a pattern of names, such as weekly-*.")]
 StorageOption = Annotated[
     str | None, typer.Option("--storage", metavar="URL", help="A database's URL or grpc://host:port; else the config's.")
@@ -72,14 +73,23 @@ WaitOption = Annotated[
     float | None, typer.Option("--wait", min=0, metavar="SECONDS", help="Stay so long without work; else until nobody works.")
 ]
 
-
+# %% ../nbs/95g_cli_worker.ipynb #1e9effe0
 def said_of(
     share: Share,
 ) -> str:
     "What a worker did, in a line."
     return f"{share.study}: {share.tried} of {share.total} slots by this process, {share.done} done"
 
+# %% ../nbs/95g_cli_worker.ipynb #cf800d76
+def _print_shares(shares: Sequence[Share], study: str, as_json: bool) -> None:
+    "Write what a worker did for each study."
+    if as_json:
+        print_json({"studies": [asdict(share) for share in shares]})
+    else:
+        for line in map(said_of, shares) if shares else [f"no study {study} appeared"]:
+            typer.echo(line)
 
+# %% ../nbs/95g_cli_worker.ipynb #52e06b4f
 @app.command(
     "worker",
     epilog=examples(
@@ -119,8 +129,4 @@ def worker(
         log.info("helping", study=study, threads=threads)
         shares = help_all(record, study, desk, secrets.randbits(31), wait, lambda now: report(now.done, now.total))
         log.info("helped", studies=[asdict(share) for share in shares])
-    if as_json:
-        print_json({"studies": [asdict(share) for share in shares]})
-    else:
-        for line in map(said_of, shares) if shares else [f"no study {study} appeared"]:
-            typer.echo(line)
+    _print_shares(shares, study, as_json)

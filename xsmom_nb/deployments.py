@@ -47,7 +47,7 @@ class Deployment:
     status: Status
     previous: str  # the version before; empty: there was none
 
-
+# %% ../nbs/13b_deployments.ipynb #adea6681
 _COLUMNS = ", ".join(field.name for field in fields(Deployment))
 
 
@@ -58,7 +58,7 @@ def deployments(
     rows = connection.execute(sql(f"SELECT {_COLUMNS} FROM deployments ORDER BY since_ms, version"))
     return [replace(found, share=float(found.share)) for found in (Deployment(*row) for row in rows)]
 
-# %% ../nbs/13b_deployments.ipynb #25ff47fb
+# %% ../nbs/13b_deployments.ipynb #98febccc
 def find_deployment(
     connection: Connection,
     status: Status,  # live or candidate
@@ -66,7 +66,7 @@ def find_deployment(
     "The version that is live, or the candidate."
     return next((each for each in deployments(connection) if each.status == status), None)
 
-
+# %% ../nbs/13b_deployments.ipynb #25ff47fb
 def running_share(
     connection: Connection,
 ) -> float:  # 1.0 where nothing was ever deployed
@@ -98,7 +98,7 @@ class Step:
     step: int = 0  # its number; 0: not written yet
     status: Literal["pending", "done", "logged", "undone"] = "done"
 
-
+# %% ../nbs/13b_deployments.ipynb #050442f8
 _FIELDS = tuple(field.name for field in fields(Step))
 
 
@@ -112,7 +112,7 @@ def _insert(connection: Connection, step: Step, status: str) -> Step:
     connection.execute(sql(f"INSERT INTO deployment_steps ({names}) VALUES ({marks})"), values)
     return replace(step, step=int(number), status=status)  # type: ignore[arg-type]
 
-
+# %% ../nbs/13b_deployments.ipynb #8a812933
 def steps(
     connection: Connection,
     *status: str,  # only these; none: all
@@ -123,13 +123,13 @@ def steps(
     return [Step(**{**row, "share": float(row["share"]),
                     "changes": tuple(Difference(*each) for each in json.loads(row["changes"]))}) for row in rows]
 
-# %% ../nbs/13b_deployments.ipynb #7777e743
+# %% ../nbs/13b_deployments.ipynb #fb09046d
 def _retire(connection: Connection, status: Status, becomes: Status) -> None:
     "What is live, or a candidate, is so no more."
     connection.execute(sql("UPDATE deployments SET status = :becomes WHERE status = :status"),
                        {"becomes": becomes, "status": status})
 
-
+# %% ../nbs/13b_deployments.ipynb #7777e743
 def _enter(connection: Connection, step: Step, status: Status) -> None:
     "The version of a step, with a new status."
     previous = "" if step.action == "rollback" else ", previous = excluded.previous"  # a rollback keeps its own
@@ -142,8 +142,8 @@ def _enter(connection: Connection, step: Step, status: Status) -> None:
         "since_ms": step.time_ms, "evidence": step.evidence, "status": status, "previous": step.previous})
 
 
-def _apply(connection: Connection, step: Step) -> None:
-    "Do to the rows what a step means, and tell of it."
+def _change_rows(connection: Connection, step: Step) -> None:
+    "Do to the rows of the versions what a step means."
     match step.action:
         case "candidate":
             _enter(connection, step, "candidate")
@@ -156,14 +156,8 @@ def _apply(connection: Connection, step: Step) -> None:
         case _:
             _retire(connection, "live", "rolled_back" if step.action == "rollback" else "replaced")
             _enter(connection, step, "live")
-    connection.execute(sql("UPDATE deployment_steps SET status = 'done' WHERE step = :step"), {"step": step.step})
-    backward = step.action in ("withdraw", "rollback")
-    kind = "rollback" if step.action == "rollback" else "deployment"
-    emit(connection, step.time_ms, "WARNING" if backward else "INFO", kind, told(step),
-         data={"action": step.action, "version": step.version, "previous": step.previous, "stage": step.stage,
-               "share": step.share, "who": step.who, "reason": step.reason, "changed": [each.key for each in step.changes]})
 
-
+# %% ../nbs/13b_deployments.ipynb #daaca44d
 def told(
     step: Step,
 ) -> str:  # one sentence
@@ -173,7 +167,18 @@ def told(
             "withdraw": "is given up before it was live", "rollback": f"is live again, in place of {step.previous}"}[step.action]
     return f"config {step.version} {what}: stage {step.stage}, {step.share:.0%} of its targets ({step.who}: {step.reason})"
 
-# %% ../nbs/13b_deployments.ipynb #daaca44d
+# %% ../nbs/13b_deployments.ipynb #6f4fc546
+def _apply(connection: Connection, step: Step) -> None:
+    "Do to the rows what a step means, and tell of it."
+    _change_rows(connection, step)
+    connection.execute(sql("UPDATE deployment_steps SET status = 'done' WHERE step = :step"), {"step": step.step})
+    backward = step.action in ("withdraw", "rollback")
+    kind = "rollback" if step.action == "rollback" else "deployment"
+    emit(connection, step.time_ms, "WARNING" if backward else "INFO", kind, told(step),
+         data={"action": step.action, "version": step.version, "previous": step.previous, "stage": step.stage,
+               "share": step.share, "who": step.who, "reason": step.reason, "changed": [each.key for each in step.changes]})
+
+# %% ../nbs/13b_deployments.ipynb #f65f9d04
 CHANGES = "changes.csv"
 HEADINGS = ("step", "time", "action", "version", "previous", "stage", "share", "who", "reason", "changes")
 
@@ -193,7 +198,7 @@ def change_line(
     return _line([step.step, format_utc(step.time_ms), step.action, step.version, step.previous, step.stage, step.share, step.who,
                   step.reason, changed])
 
-
+# %% ../nbs/13b_deployments.ipynb #47ad94a5
 def _log(state: State, folder: Path) -> None:
     "Append the lines that are missing, and mark their steps."
     with state.read() as connection:
@@ -240,7 +245,7 @@ def file_digest(
     path = folder / CONFIG_FILE
     return sha256_bytes(path.read_bytes()) if path.is_file() else ""
 
-
+# %% ../nbs/13b_deployments.ipynb #9d748f90
 def settle(
     state: State,
     folder: Path,  # `configs`
@@ -254,7 +259,7 @@ def settle(
     with deploying(folder, wait_seconds):
         settle_locked(state, folder, now_ms)
 
-
+# %% ../nbs/13b_deployments.ipynb #a4f40b73
 def settle_locked(
     state: State,
     folder: Path,  # `configs`
@@ -271,7 +276,7 @@ def settle_locked(
             emit(connection, now_ms, "WARNING", "deployment", text, data={"action": "undone", "version": step.version})
     _log(state, folder)
 
-
+# %% ../nbs/13b_deployments.ipynb #804be7c0
 def take_step(
     state: State,
     folder: Path,  # `configs`
@@ -293,6 +298,12 @@ def take_step(
     return replace(step, status="logged")
 
 # %% ../nbs/13b_deployments.ipynb #15a455b4
+def _shown(settings: Mapping[str, Any], changes: Sequence[Difference]) -> str:
+    "The settings that were changed, at most three of them."
+    said = [f"{each.key} = {json.dumps(settings.get(each.key))}" for each in changes[:3]]
+    return ", ".join(said) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+
+# %% ../nbs/13b_deployments.ipynb #9fb507f7
 def require_deployed(
     connection: Connection,
     config: Config,  # in the hand of a cycle
@@ -307,9 +318,3 @@ def require_deployed(
             f"this config has {_shown(settings, step.changes)}, which {step.action} of {step.version} replaced at "
             f"{format_utc(step.time_ms)}; read it again, that is, repeat the command; where the config before is meant, say so "
             "with `xsmom config rollback`")
-
-
-def _shown(settings: Mapping[str, Any], changes: Sequence[Difference]) -> str:
-    "The settings that were changed, at most three of them."
-    said = [f"{each.key} = {json.dumps(settings.get(each.key))}" for each in changes[:3]]
-    return ", ".join(said) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")

@@ -5,6 +5,7 @@
 # %% ../nbs/06_logs.ipynb #81dfa39c
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -21,11 +22,10 @@ from .files import make_folder
 from .operations import Logging
 
 # %% auto #0
-__all__ = ['LEVELS', 'FIRST', 'NAMED', 'log_line', 'DayLog', 'drop_old_logs', 'current', 'day_log', 'start_log', 'opened', 'tee',
+__all__ = ['FIRST', 'NAMED', 'LEVELS', 'log_line', 'drop_old_logs', 'DayLog', 'current', 'day_log', 'start_log', 'opened', 'tee',
            'logger']
 
 # %% ../nbs/06_logs.ipynb #37f5e65f
-LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 FIRST = ("time", "level", "event")  # in this order
 
 
@@ -44,6 +44,32 @@ def log_line(
 
 # %% ../nbs/06_logs.ipynb #738799f3
 NAMED = re.compile(r"xsmom-\d{4}-\d{2}-\d{2}\.(jsonl|log)")
+
+
+def drop_old_logs(
+    folder: Path,
+    keep_days: int,
+    now_ms: int,  # UTC ms
+) -> list[Path]:  # that were deleted
+    "Delete the log files of days that are too long ago; what is not named as ours stays."
+    first = format_utc(now_ms - keep_days * DAY_MS)[:10]
+    old = [path for path in folder.iterdir() if NAMED.fullmatch(path.name) and path.name[6:16] < first]
+    for path in old:
+        path.unlink(missing_ok=True)  # another process may have been first
+    return old
+
+# %% ../nbs/06_logs.ipynb #285bcb83
+def _append(path: Path, content: bytes) -> None:
+    "Append to a file by one `write`; raises `OSError`, also where only a part of the line found room."
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+    try:
+        if os.write(file, content) < len(content):
+            raise OSError(errno.ENOSPC, "only a part of the line was written")
+    finally:
+        os.close(file)
+
+# %% ../nbs/06_logs.ipynb #2bc4b036
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
 
 class DayLog:
@@ -74,36 +100,15 @@ class DayLog:
         line = log_line({"time": format_utc(now_ms), **record}, self.form)
         content = redacted(line.encode(errors="replace"), self.secrets) + b"\n"
         try:
-            self._begin_day(now_ms)
-            file = os.open(self.path(now_ms), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
-            try:
-                os.write(file, content)
-            finally:
-                os.close(file)
+            if self._day != (day := format_utc(now_ms)[:10]):
+                drop_old_logs(make_folder(self.folder), self.keep_days, now_ms)
+                self._day = day
+            _append(self.path(now_ms), content)
         except (OSError, XsmomError) as error:
             if not self._complained:
                 print(f"the log {self.folder} takes no lines ({error}); they go here", file=sys.stderr)
             self._complained = True
             sys.stderr.write(content.decode(errors="replace"))
-
-    def _begin_day(self, now_ms: int) -> None:
-        "Make the folder, and delete what is too old, once a day."
-        if self._day != (day := format_utc(now_ms)[:10]):
-            drop_old_logs(make_folder(self.folder), self.keep_days, now_ms)
-            self._day = day
-
-
-def drop_old_logs(
-    folder: Path,
-    keep_days: int,
-    now_ms: int,  # UTC ms
-) -> list[Path]:  # that were deleted
-    "Delete the log files of days that are too long ago; what is not named as ours stays."
-    first = format_utc(now_ms - keep_days * DAY_MS)[:10]
-    old = [path for path in folder.iterdir() if NAMED.fullmatch(path.name) and path.name[6:16] < first]
-    for path in old:
-        path.unlink(missing_ok=True)  # another process may have been first
-    return old
 
 # %% ../nbs/06_logs.ipynb #06c6b86b
 _current: list[DayLog] = []  # the last one is in use
@@ -113,7 +118,7 @@ def current() -> DayLog | None:
     "The log of this process; None where none is open."
     return _current[-1] if _current else None
 
-
+# %% ../nbs/06_logs.ipynb #6bd1bf5c
 def day_log(
     logging: Logging,  # the section of the config
     base: Path,  # where a relative folder starts: the working tree
@@ -124,14 +129,14 @@ def day_log(
     known = load_secrets(base / ".env").by_name() if secrets is None else secrets
     return DayLog(base / logging.directory, logging.format, logging.level, logging.keep_days, clock, known)
 
-
+# %% ../nbs/06_logs.ipynb #4da78a1b
 def start_log(
     log: DayLog,
 ) -> None:
     "Use a log until the end of this process."
     _current.append(log)
 
-
+# %% ../nbs/06_logs.ipynb #9a45406c
 @contextmanager
 def opened(
     log: DayLog,
@@ -147,7 +152,7 @@ def opened(
     finally:
         _current.pop()
 
-# %% ../nbs/06_logs.ipynb #d47b7580
+# %% ../nbs/06_logs.ipynb #0b83d501
 def tee(
     _: Any,  # of structlog: the logger
     method: str,  # of structlog: as in "info"
@@ -160,7 +165,7 @@ def tee(
         log.write({**get_contextvars(), "level": method, **record})
     return record
 
-
+# %% ../nbs/06_logs.ipynb #93591ae0
 def _end(logger: Any, method: str, record: MutableMapping[str, Any]) -> Any:
     "The last step: nothing else is done with the record."
     from structlog import DropEvent

@@ -37,7 +37,7 @@ class Proof:
     risk: str = ""  # `core`, `full`, or `defaults`: full, with the exits of the code's defaults; empty: as the config has it
     takes_days: bool = True  # whether its length is a number of days
 
-
+# %% ../nbs/96c_proof.ipynb #7bd74643
 PROOFS: dict[str, Proof] = {
     "parity-core": Proof("replay = backtest, without rules of risk", "proof_parity", "core"),
     "parity": Proof("replay = backtest, the config's rules of risk", "proof_parity", "full"),
@@ -47,6 +47,8 @@ PROOFS: dict[str, Proof] = {
     "simulator": Proof("live on the simulator = live on paper", "proof_simulator"),
     "weather": Proof("random faults change nothing that is known", "proof_weather", takes_days=False),
 }
+
+# %% ../nbs/96c_proof.ipynb #70dd1bf2
 EXITS = ("atr_mult_sl", "catastrophic_atr_mult", "breakeven_after_r", "trail_atr_mult", "trail_after_r", "partial_tp_ladder")
 
 
@@ -76,7 +78,7 @@ class Line:
     seconds: float
     run_id: str
 
-
+# %% ../nbs/96c_proof.ipynb #379a54cf
 def line_of(
     name: str,  # of the proof
     run: Run,  # done, or failed
@@ -106,7 +108,7 @@ def prove(
         run = failed.run
     return line_of(name, run)
 
-
+# %% ../nbs/96c_proof.ipynb #7bb6cf05
 def chosen(
     names: Sequence[str] | None,  # None: all
 ) -> list[str]:
