@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from xsmom_nb.ops.schedule import EntryMemory
     from xsmom_nb.ops.scheduler import InProcess
     from xsmom_nb.ops.units import Place
+    from xsmom_nb.state import State
 
 # %% auto #0
 __all__ = ['app', 'FileOption', 'SCHEDULE_FILE', 'OnceOption', 'EntryOption', 'SimulatedOption', 'HoursOption', 'AccountOption',
@@ -265,13 +266,28 @@ def print_simulated(
 SCHEDULE_FILE = "schedule.sqlite"  # in the folder of a simulated account
 
 
-def _begin_account_anew(account: str, project: Path) -> None:
+@contextlib.contextmanager
+def _simulated_state(account: str, project: Path) -> Iterator[State]:
+    "What a simulated schedule knows, for this process alone; raises `RefusedError` while another one has it."
+    from xsmom_nb.compiled import source_digest
+    from xsmom_nb.lease import hold_lease
+    from xsmom_nb.runs.rehearsal import ACCOUNTS
+    from xsmom_nb.state import open_state
+
+    with (open_state(f"sqlite:///{ACCOUNTS}/{account}/{SCHEDULE_FILE}", base=project) as state,
+          hold_lease(state, "schedule", source_digest(), "")):  # no digest of notebooks: what is run checks its own
+        yield state
+
+# %% ../nbs/95k_cli_schedule.ipynb #e584dcf4
+def _begin_anew(account: str, project: Path, state: State) -> None:
     "Delete a simulated account and what its schedule remembers; raises `RefusedError` while a process trades with it."
-    from xsmom_nb.runs.rehearsal import ACCOUNTS, begin_anew
+    from xsmom_nb.ops.scheduler import MEMORY
+    from xsmom_nb.runs.rehearsal import begin_anew
+    from xsmom_nb.state import save_memory
 
     begin_anew(account, project)
-    for path in (project / ACCOUNTS / account).glob(f"{SCHEDULE_FILE}*"):
-        path.unlink()
+    with state.write() as connection:
+        save_memory(connection, MEMORY, {}, 0)
 
 # %% ../nbs/95k_cli_schedule.ipynb #aae230dc
 def _times_of(own: Config, calendar: Panel, project: Path, start: str | None, hours: int, fresh: bool) -> list[int]:
@@ -283,19 +299,15 @@ def _times_of(own: Config, calendar: Panel, project: Path, start: str | None, ho
     return simulated_times(own, calendar, hours, parse_utc(start) if start else None, reached)
 
 # %% ../nbs/95k_cli_schedule.ipynb #011cfcb6
-def _simulate(schedule: Schedule, account: str, project: Path, launcher: InProcess, span_ms: tuple[int, int],
-              stop: threading.Event) -> None:  # fmt: skip
-    "Let a schedule run over a span of simulated time, UTC ms; its memory and its events lie beside the account."
+def _simulate(schedule: Schedule, state: State, launcher: InProcess, span_ms: tuple[int, int], stop: threading.Event) -> None:
+    "Let a schedule run over a span of simulated time, UTC ms."
     from xsmom_nb.clock import SimulatedClock
     from xsmom_nb.ops.scheduler import Scheduler, simulate_schedule
-    from xsmom_nb.runs.rehearsal import ACCOUNTS
-    from xsmom_nb.state import open_state
 
     clock = SimulatedClock(span_ms[0] - 60_000)
-    with open_state(f"sqlite:///{ACCOUNTS}/{account}/{SCHEDULE_FILE}", base=project) as state:
-        scheduler = Scheduler(schedule, state, clock, launcher)
-        scheduler.recover()
-        simulate_schedule(scheduler, clock, span_ms[1] - 60_000, stop)
+    scheduler = Scheduler(schedule, state, clock, launcher)
+    scheduler.recover()
+    simulate_schedule(scheduler, clock, span_ms[1] - 60_000, stop)
 
 # %% ../nbs/95k_cli_schedule.ipynb #d87cae99
 def _refuse_failures(launcher: InProcess, has_stopped: bool, log: Path) -> None:
@@ -325,14 +337,15 @@ def simulate_here(
     project, config = find_project(), config_in_force()()
     own, (_, calendar) = account_config(config, account), recording_of(config, None, None)
     step_ms, times_ms = timeframe_ms(calendar.timeframe), _times_of(own, calendar, project, start, hours, fresh)
-    if fresh:
-        _begin_account_anew(account, project)
     log, stop = project / config.logging.directory / "schedule" / f"simulated-{account}.log", threading.Event()
     launcher = InProcess(called_by(context, log, stop), words_at(account, config.live.rebalance_minute, step_ms),
                          (lambda *run: None) if as_json else _say_of)
     chosen = for_simulation(schedule)
     left_out = [entry.name for entry in schedule.entries if entry.name not in {each.name for each in chosen.entries}]
-    _simulate(chosen, account, project, launcher, (times_ms[0], times_ms[-1] + step_ms), stop)
+    with _simulated_state(account, project) as state:
+        if fresh:
+            _begin_anew(account, project, state)
+        _simulate(chosen, state, launcher, (times_ms[0], times_ms[-1] + step_ms), stop)
     print_simulated(launcher, account, left_out, log, as_json)
     _refuse_failures(launcher, stop.is_set(), log)
 

@@ -103,7 +103,8 @@ class DayLog:
             if self._day != (day := format_utc(now_ms)[:10]):
                 drop_old_logs(make_folder(self.folder), self.keep_days, now_ms)
                 self._day = day
-            _append(self.path(now_ms), content)
+            _append(self.path(now_ms), b"\n" * self._complained + content)  # behind what may be half a line
+            self._complained = False
         except (OSError, XsmomError) as error:
             if not self._complained:
                 print(f"the log {self.folder} takes no lines ({error}); they go here", file=sys.stderr)
