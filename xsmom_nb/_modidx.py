@@ -3354,6 +3354,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'xsmom_nb/ops/scheduler.py'),
                                         'xsmom_nb.ops.scheduler.Told.__init__': ( 'ops/scheduler.html#told.__init__',
                                                                                   'xsmom_nb/ops/scheduler.py'),
+                                        'xsmom_nb.ops.scheduler._book_unstarted': ( 'ops/scheduler.html#_book_unstarted',
+                                                                                    'xsmom_nb/ops/scheduler.py'),
                                         'xsmom_nb.ops.scheduler._end_all': ('ops/scheduler.html#_end_all', 'xsmom_nb/ops/scheduler.py'),
                                         'xsmom_nb.ops.scheduler._full_disk': ('ops/scheduler.html#_full_disk', 'xsmom_nb/ops/scheduler.py'),
                                         'xsmom_nb.ops.scheduler._how_ended': ('ops/scheduler.html#_how_ended', 'xsmom_nb/ops/scheduler.py'),

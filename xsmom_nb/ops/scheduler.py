@@ -112,11 +112,12 @@ class Book:
         self.entries = {entry.name: entry for entry in schedule.entries if entry.name not in self.refused}
         self.memory: dict[str, EntryMemory] = {}
         self.children: dict[str, Started] = {}
+        self.unstarted: dict[str, str] = {}  # written down as running but could not be started, and why
         self.beaten_ms = 0
 
     def is_idle(self) -> bool:
         "Whether nothing runs and nothing waits."
-        return not self.children and not any(known.waiting_ms is not None for known in self.memory.values())
+        return not (self.children or self.unstarted) and not any(known.waiting_ms is not None for known in self.memory.values())
 
     def next_ms(self) -> int | None:  # UTC ms; None when there is nothing to do, ever
         "When something new is due."
@@ -209,6 +210,7 @@ def start_due(
         book.keep(memory, notes, now_ms)
     for job in jobs:
         launch(book, job, now_ms)
+    _book_unstarted(book, now_ms)
 
 # %% ../../nbs/ops/30d_scheduler.ipynb #5fe28dc8
 def launch(
@@ -216,7 +218,7 @@ def launch(
     job: Job,  # written down as running
     now_ms: int,  # UTC ms
 ) -> None:
-    "Start one run, or write down why it could not be."
+    "Start one run, or note why it could not be."
     try:
         child = book.launcher.start(book.entries[job.name], job, now_ms)
         why = "its last run still goes on" if child is None else ""
@@ -225,8 +227,21 @@ def launch(
     if child is not None:
         book.children[job.name] = child
     else:
-        note = Note("ERROR", "schedule_failed", job.name, f"{job.name} could not be started: {why}")
-        book.keep(ended(book.memory, job.name, now_ms, "not started"), [note], now_ms)
+        book.unstarted[job.name] = why
+
+# %% ../../nbs/ops/30d_scheduler.ipynb #12644597
+def _book_unstarted(
+    book: Book,
+    now_ms: int,  # UTC ms
+) -> None:
+    "Write down the runs that could not be started; raises `StateError`, and then they are noted still."
+    memory, notes = book.memory, list[Note]()
+    for name, why in book.unstarted.items():
+        memory = ended(memory, name, now_ms, "not started")
+        notes.append(Note("ERROR", "schedule_failed", name, f"{name} could not be started: {why}"))
+    if notes:
+        book.keep(memory, notes, now_ms)
+        book.unstarted.clear()
 
 # %% ../../nbs/ops/30d_scheduler.ipynb #9406e4d3
 class Scheduler(Book):
@@ -250,6 +265,7 @@ class Scheduler(Book):
     ) -> None:
         "Look once: what has ended, what takes too long, what is due; raises `StateError`."
         now_ms = self.clock.now_ms()
+        _book_unstarted(self, now_ms)
         collect(self, now_ms)
         if starts:
             start_due(self, now_ms)
