@@ -3466,6 +3466,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'xsmom_nb.ops.units.write_units': ('ops/units.html#write_units', 'xsmom_nb/ops/units.py')},
             'xsmom_nb.ops.wheels': { 'xsmom_nb.ops.wheels.Locked': ('ops/wheels.html#locked', 'xsmom_nb/ops/wheels.py'),
                                      'xsmom_nb.ops.wheels.Locked.__str__': ('ops/wheels.html#locked.__str__', 'xsmom_nb/ops/wheels.py'),
+                                     'xsmom_nb.ops.wheels._refuse_changed': ('ops/wheels.html#_refuse_changed', 'xsmom_nb/ops/wheels.py'),
                                      'xsmom_nb.ops.wheels._shown': ('ops/wheels.html#_shown', 'xsmom_nb/ops/wheels.py'),
                                      'xsmom_nb.ops.wheels.check_wheels': ('ops/wheels.html#check_wheels', 'xsmom_nb/ops/wheels.py'),
                                      'xsmom_nb.ops.wheels.gather_wheels': ('ops/wheels.html#gather_wheels', 'xsmom_nb/ops/wheels.py'),
