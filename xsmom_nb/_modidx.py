@@ -3393,6 +3393,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'xsmom_nb.ops.serve': { 'xsmom_nb.ops.serve._Quiet': ('ops/serve.html#_quiet', 'xsmom_nb/ops/serve.py'),
                                     'xsmom_nb.ops.serve._Quiet.end_headers': ('ops/serve.html#_quiet.end_headers', 'xsmom_nb/ops/serve.py'),
                                     'xsmom_nb.ops.serve._Quiet.log_message': ('ops/serve.html#_quiet.log_message', 'xsmom_nb/ops/serve.py'),
+                                    'xsmom_nb.ops.serve._unusable': ('ops/serve.html#_unusable', 'xsmom_nb/ops/serve.py'),
                                     'xsmom_nb.ops.serve.address': ('ops/serve.html#address', 'xsmom_nb/ops/serve.py'),
                                     'xsmom_nb.ops.serve.site_server': ('ops/serve.html#site_server', 'xsmom_nb/ops/serve.py')},
             'xsmom_nb.ops.silence': { 'xsmom_nb.ops.silence.Silence': ('ops/silence.html#silence', 'xsmom_nb/ops/silence.py'),
