@@ -3227,6 +3227,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'xsmom_nb.ops.releases': { 'xsmom_nb.ops.releases.Installed': ('ops/releases.html#installed', 'xsmom_nb/ops/releases.py'),
                                        'xsmom_nb.ops.releases._compare_digests': ( 'ops/releases.html#_compare_digests',
                                                                                    'xsmom_nb/ops/releases.py'),
+                                       'xsmom_nb.ops.releases._entries': ('ops/releases.html#_entries', 'xsmom_nb/ops/releases.py'),
                                        'xsmom_nb.ops.releases._fill': ('ops/releases.html#_fill', 'xsmom_nb/ops/releases.py'),
                                        'xsmom_nb.ops.releases._holding_all': ('ops/releases.html#_holding_all', 'xsmom_nb/ops/releases.py'),
                                        'xsmom_nb.ops.releases._installed_release': ( 'ops/releases.html#_installed_release',

@@ -159,13 +159,18 @@ def installed_releases(
     return sorted(found, key=lambda each: (each.release.committed_ms if each.release else 0, each.name))
 
 # %% ../../nbs/ops/30g_releases.ipynb #9cb71cfd
+def _entries(prefix: Path) -> list[dict[str, Any]]:
+    "All lines of the file beside the releases, as far as they are whole."
+    path = prefix / "releases.jsonl"
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+# %% ../../nbs/ops/30g_releases.ipynb #ab6407b8
 def switches(
     prefix: Path,
 ) -> list[dict[str, Any]]:  # in their order
     "Every switch that was done."
-    path = prefix / "releases.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [entry for line in lines if (entry := json.loads(line))["action"] == "switched"]
+    return [entry for entry in _entries(prefix) if entry["action"] == "switched"]
 
 # %% ../../nbs/ops/30g_releases.ipynb #6b90b9eb
 ROLES = ("trader", "guard", "watchdog", "schedule")
@@ -251,7 +256,7 @@ def earlier_release(
 ) -> str:
     "The release that was in use before the present one; raises `UsageError` when there is none."
     now = current_name(prefix)
-    found = [entry["from"] for entry in switches(prefix) if entry["to"] == now and entry["from"] not in (None, now)]
+    found = [entry["from"] for entry in _entries(prefix) if entry["to"] == now and entry["from"] not in (None, now)]
     if not found:
         raise UsageError(f"{prefix}: there is no release before {now or 'the first'} to go back to")
     return str(found[-1])
