@@ -3216,6 +3216,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'xsmom_nb.ops.release._build_wheel': ('ops/release.html#_build_wheel', 'xsmom_nb/ops/release.py'),
                                       'xsmom_nb.ops.release._committed_tree': ( 'ops/release.html#_committed_tree',
                                                                                 'xsmom_nb/ops/release.py'),
+                                      'xsmom_nb.ops.release._described': ('ops/release.html#_described', 'xsmom_nb/ops/release.py'),
                                       'xsmom_nb.ops.release._git': ('ops/release.html#_git', 'xsmom_nb/ops/release.py'),
                                       'xsmom_nb.ops.release._ship': ('ops/release.html#_ship', 'xsmom_nb/ops/release.py'),
                                       'xsmom_nb.ops.release.build_release': ('ops/release.html#build_release', 'xsmom_nb/ops/release.py'),
