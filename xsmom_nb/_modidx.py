@@ -3199,6 +3199,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'xsmom_nb.ops.reference._plain_help': ( 'ops/reference.html#_plain_help',
                                                                                 'xsmom_nb/ops/reference.py'),
                                         'xsmom_nb.ops.reference._sections': ('ops/reference.html#_sections', 'xsmom_nb/ops/reference.py'),
+                                        'xsmom_nb.ops.reference._table': ('ops/reference.html#_table', 'xsmom_nb/ops/reference.py'),
                                         'xsmom_nb.ops.reference.commands_page': ( 'ops/reference.html#commands_page',
                                                                                   'xsmom_nb/ops/reference.py'),
                                         'xsmom_nb.ops.reference.example_lines': ( 'ops/reference.html#example_lines',
