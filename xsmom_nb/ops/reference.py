@@ -91,7 +91,7 @@ def _plain_help(text: str | None) -> str:
 def _default(parameter: Any) -> str:
     "The default of an option, where there is one worth saying."
     value = parameter.default
-    hidden = value in (None, False, (), []) or callable(value) or parameter.required
+    hidden = value is None or value is False or value in ("", (), []) or callable(value) or parameter.required
     return "" if hidden else f"`{value}`"
 
 # %% ../../nbs/ops/50c_reference.ipynb #275566e1
