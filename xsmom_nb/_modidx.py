@@ -3477,6 +3477,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'xsmom_nb.ops.units': { 'xsmom_nb.ops.units.Place': ('ops/units.html#place', 'xsmom_nb/ops/units.py'),
                                     'xsmom_nb.ops.units.Place.program': ('ops/units.html#place.program', 'xsmom_nb/ops/units.py'),
                                     'xsmom_nb.ops.units._always': ('ops/units.html#_always', 'xsmom_nb/ops/units.py'),
+                                    'xsmom_nb.ops.units._beside': ('ops/units.html#_beside', 'xsmom_nb/ops/units.py'),
                                     'xsmom_nb.ops.units.calendar_of': ('ops/units.html#calendar_of', 'xsmom_nb/ops/units.py'),
                                     'xsmom_nb.ops.units.confinement': ('ops/units.html#confinement', 'xsmom_nb/ops/units.py'),
                                     'xsmom_nb.ops.units.entry_units': ('ops/units.html#entry_units', 'xsmom_nb/ops/units.py'),
