@@ -158,15 +158,15 @@ def start_child(
     locks = project / LOCKS
     if (lock := job_lock(locks, entry.name)) is None:
         return None
-    words = [*program(), *words_of(entry)] if command is None else list(command)
-    path = make_folder(logs) / f"{entry.name}-{_day(now_ms)}.log"
     try:
+        words = [*program(), *words_of(entry)] if command is None else list(command)
+        path = make_folder(logs) / f"{entry.name}-{_day(now_ms)}.log"
+        os.ftruncate(lock, 0)  # the pid of the run before must not be taken for this one's
         with open(path, "ab") as log:
             log.write(f"# {format_utc(now_ms)} for {format_utc(slot_ms)}: {' '.join(words)}\n".encode())
             log.flush()
             process = subprocess.Popen(words, cwd=project, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                        start_new_session=True, pass_fds=(lock,))
-        os.ftruncate(lock, 0)
         os.pwrite(lock, str(process.pid).encode(), 0)
         if entry.nice:
             with suppress(ProcessLookupError):
