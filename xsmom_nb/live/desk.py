@@ -70,6 +70,13 @@ class Desk:
             breaker=self.breaker)
 
 # %% ../../nbs/live/02_desk.ipynb #91b88e17
+def _refuse_own(recording: Panel | None, now_ms: int | None) -> None:
+    "Raise `UsageError` for a market or a time that is given to the simulator."
+    if recording is not None or now_ms is not None:
+        raise UsageError("live.mode is simulator: market and time are the simulator's; expected neither from us; "
+                         "name them to `xsmom exchange simulate`, or set live.mode to paper")
+
+# %% ../../nbs/live/02_desk.ipynb #d07df627
 @contextmanager
 def open_venue(
     config: Config,  # `live.mode`, `paper`, `exchange`, `paths`
@@ -82,9 +89,7 @@ def open_venue(
 ) -> Iterator[tuple[ExchangePort, Clock, str]]:  # the port, the time that holds there, where the market data comes from
     "The exchange that a config means; raises `UsageError` for a market or a time given to one that has its own."
     if config.live.mode == "simulator":
-        if recording is not None or now_ms is not None:
-            raise UsageError("live.mode is simulator: market and time are the simulator's; expected neither from us; "
-                             "name them to `xsmom exchange simulate`, or set live.mode to paper")
+        _refuse_own(recording, now_ms)
         yield *connect(config), "Bybit simulator"
         return
     clock: Clock = SystemClock() if now_ms is None else SimulatedClock(now_ms)
