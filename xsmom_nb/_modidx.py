@@ -4576,6 +4576,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'xsmom_nb.runs.parameters.register_parameters': ( 'runs/parameters.html#register_parameters',
                                                                                             'xsmom_nb/runs/parameters.py')},
             'xsmom_nb.runs.progress': { 'xsmom_nb.runs.progress.Counts': ('runs/progress.html#counts', 'xsmom_nb/runs/progress.py'),
+                                        'xsmom_nb.runs.progress._note_text': ('runs/progress.html#_note_text', 'xsmom_nb/runs/progress.py'),
                                         'xsmom_nb.runs.progress.followed': ('runs/progress.html#followed', 'xsmom_nb/runs/progress.py'),
                                         'xsmom_nb.runs.progress.in_minutes': ('runs/progress.html#in_minutes', 'xsmom_nb/runs/progress.py'),
                                         'xsmom_nb.runs.progress.read_note': ('runs/progress.html#read_note', 'xsmom_nb/runs/progress.py'),
