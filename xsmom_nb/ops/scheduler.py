@@ -306,14 +306,21 @@ def _pause_seconds(scheduler: Scheduler) -> float:
 # %% ../../nbs/ops/30d_scheduler.ipynb #878d7f49
 def _end_all(scheduler: Scheduler, say: Callable[[str], None]) -> None:
     "Wait for what runs, then ask it to end, then insist."
-    patience = time.monotonic() + scheduler.schedule.stop_grace_seconds
+    patience, said = time.monotonic() + scheduler.schedule.stop_grace_seconds, False
     if scheduler.children:
         say(f"waiting for {', '.join(scheduler.children)}, up to {scheduler.schedule.stop_grace_seconds} s")
     while scheduler.children:
         if time.monotonic() > patience:
             for child in scheduler.children.values():
                 child.end("stopped")
-        scheduler.step(starts=False)
+        try:
+            scheduler.step(starts=False)
+        except StateError as error:
+            if all(child.poll()[0] for child in scheduler.children.values()):
+                raise
+            if not said:
+                say(f"the state cannot be written, waiting for {', '.join(scheduler.children)} all the same: {error}")
+            said = True
         time.sleep(0.1 if scheduler.children else 0)
 
 # %% ../../nbs/ops/30d_scheduler.ipynb #618397c4
