@@ -77,7 +77,7 @@ def read_note(
     "The latest note."
     try:
         return str(json.loads(path.read_bytes())["text"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 # %% ../../nbs/runs/00e2_progress.ipynb #145f4bbe
