@@ -2502,6 +2502,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'xsmom_nb.live.cycle.stop_file': ('live/cycle.html#stop_file', 'xsmom_nb/live/cycle.py')},
             'xsmom_nb.live.desk': { 'xsmom_nb.live.desk.Desk': ('live/desk.html#desk', 'xsmom_nb/live/desk.py'),
                                     'xsmom_nb.live.desk.Desk.cycle': ('live/desk.html#desk.cycle', 'xsmom_nb/live/desk.py'),
+                                    'xsmom_nb.live.desk._claimed_state': ('live/desk.html#_claimed_state', 'xsmom_nb/live/desk.py'),
                                     'xsmom_nb.live.desk._refuse_own': ('live/desk.html#_refuse_own', 'xsmom_nb/live/desk.py'),
                                     'xsmom_nb.live.desk.open_desk': ('live/desk.html#open_desk', 'xsmom_nb/live/desk.py'),
                                     'xsmom_nb.live.desk.open_venue': ('live/desk.html#open_venue', 'xsmom_nb/live/desk.py'),

@@ -98,6 +98,18 @@ def open_venue(
     with PaperExchange(RecordedMarket(panel, clock, config.paper.spread_bps, pieces), clock, config, base=base) as port:
         yield port, clock, panel.origin
 
+# %% ../../nbs/live/02_desk.ipynb #16548967
+@contextmanager
+def _claimed_state(
+    config: Config,  # `live.state_url`
+    base: Path | None,  # folder that relative paths start from; None: the working folder
+) -> Iterator[State]:
+    "The state of the account, while nobody else may trade it; raises `RefusedError` when somebody does."
+    folder = base or Path.cwd()
+    with open_state(config.live.state_url, base) as state, hold_lease(state, "trader", source_digest(), notebooks_digest(folder)):
+        settle(state, folder / "configs", SystemClock().now_ms())
+        yield state
+
 # %% ../../nbs/live/02_desk.ipynb #42aac99c
 @contextmanager
 def open_desk(
@@ -112,9 +124,7 @@ def open_desk(
     "Open market, account, history and state for one trader; raises `RefusedError` when there is one already."
     require_built(config)
     with ExitStack() as stack:
-        state = stack.enter_context(open_state(config.live.state_url, base))
-        stack.enter_context(hold_lease(state, "trader", source_digest(), notebooks_digest(base or Path.cwd())))
-        settle(state, (base or Path.cwd()) / "configs", SystemClock().now_ms())
+        state = stack.enter_context(_claimed_state(config, base))
         venue = open_venue(config, recording, data, dataset, now_ms, base, inner)
         venue_port, clock, origin = stack.enter_context(venue)
         breaker = Breaker(breaker_rules(config))
