@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from ..ports import ExchangePort, Submission
@@ -17,6 +18,12 @@ from ..risk.limits import BreakerRules, count_requests, step_breaker
 __all__ = ['Breaker', 'counted']
 
 # %% ../../nbs/live/00e_breaker.ipynb #53fe1ee3
+def _open_sentence(errors: int, requests: int, rules: BreakerRules) -> str:
+    "Why nothing may be entered, in words."
+    return (f"circuit breaker: {errors} of {requests} requests failed in {rules.window_ms / 60_000:.0f} minutes, "
+            "no entries until a minute without an error")
+
+# %% ../../nbs/live/00e_breaker.ipynb #4aca7998
 class Breaker:
     "Counts requests, and says when too many of them fail."
 
@@ -48,8 +55,7 @@ class Breaker:
         if not self._is_open:
             return None
         _, errors, requests = count_requests(self._requests, now_ms, self._rules)
-        return (f"circuit breaker: {errors} of {requests} requests failed in {self._rules.window_ms / 60_000:.0f} minutes, "
-                "no entries until a minute without an error")
+        return _open_sentence(errors, requests, self._rules)
 
     def _step(self, now_ms: int) -> None:
         "Follow the rule; while no request has failed for a minute there is nothing to count."
@@ -59,6 +65,17 @@ class Breaker:
             self._is_open = step_breaker(self._is_open, *count_requests(self._requests, now_ms, self._rules), self._rules)
 
 # %% ../../nbs/live/00e_breaker.ipynb #c9114b2b
+def _request(breaker: Breaker, method: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:
+    "Make a request and count what became of it."
+    failed = True
+    try:
+        answer = method(*arguments, **named)
+        failed = isinstance(answer, Submission) and answer.outcome == "unknown"
+    finally:
+        breaker.note(failed)
+    return answer
+
+# %% ../../nbs/live/00e_breaker.ipynb #6c2417f3
 class _Counted:
     "What `counted` gives."
 
@@ -67,21 +84,9 @@ class _Counted:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._port, name)
-        if not callable(method):
-            return method
+        return partial(_request, self._breaker, method) if callable(method) else method
 
-        def request(*arguments: Any, **named: Any) -> Any:
-            failed = True
-            try:
-                answer = method(*arguments, **named)
-                failed = isinstance(answer, Submission) and answer.outcome == "unknown"
-            finally:
-                self._breaker.note(failed)
-            return answer
-
-        return request
-
-
+# %% ../../nbs/live/00e_breaker.ipynb #4149137c
 def counted(
     port: ExchangePort,
     breaker: Breaker,

@@ -70,6 +70,13 @@ class Desk:
             breaker=self.breaker)
 
 # %% ../../nbs/live/02_desk.ipynb #91b88e17
+def _refuse_own(recording: Panel | None, now_ms: int | None) -> None:
+    "Raise `UsageError` for a market or a time that is given to the simulator."
+    if recording is not None or now_ms is not None:
+        raise UsageError("live.mode is simulator: market and time are the simulator's; expected neither from us; "
+                         "name them to `xsmom exchange simulate`, or set live.mode to paper")
+
+# %% ../../nbs/live/02_desk.ipynb #d07df627
 @contextmanager
 def open_venue(
     config: Config,  # `live.mode`, `paper`, `exchange`, `paths`
@@ -82,9 +89,7 @@ def open_venue(
 ) -> Iterator[tuple[ExchangePort, Clock, str]]:  # the port, the time that holds there, where the market data comes from
     "The exchange that a config means; raises `UsageError` for a market or a time given to one that has its own."
     if config.live.mode == "simulator":
-        if recording is not None or now_ms is not None:
-            raise UsageError("live.mode is simulator: market and time are the simulator's; expected neither from us; "
-                             "name them to `xsmom exchange simulate`, or set live.mode to paper")
+        _refuse_own(recording, now_ms)
         yield *connect(config), "Bybit simulator"
         return
     clock: Clock = SystemClock() if now_ms is None else SimulatedClock(now_ms)
@@ -92,6 +97,18 @@ def open_venue(
     pieces = inner if recording is not None else open_inner(config, data, dataset, clock.now_ms())
     with PaperExchange(RecordedMarket(panel, clock, config.paper.spread_bps, pieces), clock, config, base=base) as port:
         yield port, clock, panel.origin
+
+# %% ../../nbs/live/02_desk.ipynb #16548967
+@contextmanager
+def _claimed_state(
+    config: Config,  # `live.state_url`
+    base: Path | None,  # folder that relative paths start from; None: the working folder
+) -> Iterator[State]:
+    "The state of the account, while nobody else may trade it; raises `RefusedError` when somebody does."
+    folder = base or Path.cwd()
+    with open_state(config.live.state_url, base) as state, hold_lease(state, "trader", source_digest(), notebooks_digest(folder)):
+        settle(state, folder / "configs", SystemClock().now_ms())
+        yield state
 
 # %% ../../nbs/live/02_desk.ipynb #42aac99c
 @contextmanager
@@ -107,9 +124,7 @@ def open_desk(
     "Open market, account, history and state for one trader; raises `RefusedError` when there is one already."
     require_built(config)
     with ExitStack() as stack:
-        state = stack.enter_context(open_state(config.live.state_url, base))
-        stack.enter_context(hold_lease(state, "trader", source_digest(), notebooks_digest(base or Path.cwd())))
-        settle(state, (base or Path.cwd()) / "configs", SystemClock().now_ms())
+        state = stack.enter_context(_claimed_state(config, base))
         venue = open_venue(config, recording, data, dataset, now_ms, base, inner)
         venue_port, clock, origin = stack.enter_context(venue)
         breaker = Breaker(breaker_rules(config))

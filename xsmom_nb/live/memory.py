@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 # %% auto #0
-__all__ = ['MEMORY', 'RISK', 'recall_risk', 'recall_in', 'recall', 'keep_risk', 'keep_memory', 'remember', 'fold', 'first_ms',
+__all__ = ['MEMORY', 'RISK', 'recall_in', 'recall_risk', 'recall', 'keep_risk', 'keep_memory', 'remember', 'fold', 'first_ms',
            'follow', 'resume']
 
 # %% ../../nbs/live/00b_memory.ipynb #72cde1b0
 MEMORY = "decide"  # under which name the state keeps what the last decision left
 RISK = "risk"  # and what fills and prices have made of the account
 
-
+# %% ../../nbs/live/00b_memory.ipynb #17cb40dc
 @functools.lru_cache(maxsize=8)
 def _place(kind: Any, text: str) -> list[Any]:
     "Where the record of a text lies, once it is known."
@@ -51,13 +51,13 @@ def _record(kind: Any, text: str) -> Any:
         place.append(from_json(kind, text))
     return place[0]
 
-
+# %% ../../nbs/live/00b_memory.ipynb #15536fce
 def _texts(connection: Connection) -> dict[str, str]:
     "The texts of both rows."
     query = sql("SELECT name, value FROM memory WHERE name IN (:memory, :risk)")
     return {row.name: row.value for row in connection.execute(query, {"memory": MEMORY, "risk": RISK})}
 
-
+# %% ../../nbs/live/00b_memory.ipynb #6b0ab677
 def _kept(connection: Connection, kind: Any, name: str, text: str | None, state: State, loss: str) -> Any:
     "The record of a row, a fresh one where there is none; raises `DataError`, `StateError` for one that cannot be read."
     try:
@@ -67,15 +67,7 @@ def _kept(connection: Connection, kind: Any, name: str, text: str | None, state:
         raise DataError(f"state {state.location}: {error}; restore the newest backup of the file, or, to forget {loss}, delete "
                         f"the row {name!r} of its table memory") from error
 
-# %% ../../nbs/live/00b_memory.ipynb #17cb40dc
-def recall_risk(
-    connection: Connection,
-    state: State,
-) -> RiskMemory:
-    "What fills and prices have left; raises `DataError` for a row that cannot be read."
-    return recall_in(connection, state).risk
-
-
+# %% ../../nbs/live/00b_memory.ipynb #9680424d
 def recall_in(
     connection: Connection,
     state: State,
@@ -87,7 +79,15 @@ def recall_in(
     risk = _kept(connection, RiskMemory, RISK, texts.get(RISK), state, lost)
     return replace(memory, risk=risk, rollout=running_share(connection))
 
+# %% ../../nbs/live/00b_memory.ipynb #eb34860c
+def recall_risk(
+    connection: Connection,
+    state: State,
+) -> RiskMemory:
+    "What fills and prices have left; raises `DataError` for a row that cannot be read."
+    return recall_in(connection, state).risk
 
+# %% ../../nbs/live/00b_memory.ipynb #dd96fc3f
 def recall(
     state: State,
 ) -> Memory:
@@ -95,7 +95,7 @@ def recall(
     with state.read() as connection:
         return recall_in(connection, state)
 
-# %% ../../nbs/live/00b_memory.ipynb #dd5072cc
+# %% ../../nbs/live/00b_memory.ipynb #0833b615
 def keep_risk(
     connection: Connection,  # inside the writing transaction that read it
     risk: RiskMemory,
@@ -106,7 +106,7 @@ def keep_risk(
     save_text(connection, RISK, text, now_ms)
     _place(RiskMemory, text)[:] = [risk]
 
-
+# %% ../../nbs/live/00b_memory.ipynb #7f728975
 def keep_memory(
     connection: Connection,  # inside a writing transaction
     memory: Memory,
@@ -117,7 +117,7 @@ def keep_memory(
     save_text(connection, MEMORY, text, now_ms)
     _place(Memory, text)[:] = [replace(memory, risk=RiskMemory(), rollout=1.0)]
 
-
+# %% ../../nbs/live/00b_memory.ipynb #531dc9c1
 def remember(
     state: State,
     memory: Memory,
@@ -143,7 +143,7 @@ def _moved(
         risk = after_trade(risk, change, float(event.price), float(fee), event.time_ms, is_exit, equity, yardstick, rules)
     return risk
 
-
+# %% ../../nbs/live/00b_memory.ipynb #7d24e228
 def _seen(seen: Seen, events: Sequence[tuple[int, str]]) -> Seen:  # time and id of each that may still come again
     "How far a table was followed, after some of its rows."
     newest_ms = max((time_ms for time_ms, _ in events), default=seen.newest_ms)
@@ -151,7 +151,7 @@ def _seen(seen: Seen, events: Sequence[tuple[int, str]]) -> Seen:  # time and id
         return seen
     return Seen(newest_ms, tuple(sorted(name for time_ms, name in events if time_ms >= newest_ms - OVERLAP_MS)))
 
-# %% ../../nbs/live/00b_memory.ipynb #fd8920da
+# %% ../../nbs/live/00b_memory.ipynb #a5b21dcd
 def fold(
     memory: RiskMemory,
     fills: Sequence[Fill],  # all from `first_ms(memory.fills)` on, those seen before among them
@@ -175,7 +175,7 @@ def fold(
         fills=_seen(memory.fills, [(fill.time_ms, fill.fill_id) for fill in fills]),
         funding=_seen(memory.funding, [(entry.time_ms, entry.entry_id) for entry in funding]))
 
-
+# %% ../../nbs/live/00b_memory.ipynb #baf58dbf
 def first_ms(seen: Seen) -> int:
     "From when on the rows of a table have to be looked at, UTC ms."
     return 0 if seen.newest_ms is None else seen.newest_ms - OVERLAP_MS
@@ -187,7 +187,7 @@ def _fills_since(connection: Connection, start_ms: int) -> list[Fill]:
     return [Fill(row.fill_id, row.order_id, row.link_id, row.symbol, row.side, Decimal(row.quantity), Decimal(row.price),
                  Decimal(row.fee), bool(row.is_maker), row.time_ms) for row in rows]
 
-
+# %% ../../nbs/live/00b_memory.ipynb #23902d4c
 def _funding_since(connection: Connection, start_ms: int) -> list[LedgerEntry]:
     "The settlements of the journal from a time on."
     query = sql("SELECT * FROM ledger WHERE time_ms >= :start AND kind = 'funding'")
@@ -217,7 +217,7 @@ def _folded(connection: Connection, state: State, config: Config) -> tuple[RiskM
     rules = risk_rules(config, memory.brakes.resume_days)
     return memory.risk, fold(memory.risk, fills, funding, memory.yardsticks, equity, rules)
 
-
+# %% ../../nbs/live/00b_memory.ipynb #f1967e8a
 def follow(
     state: State,
     config: Config,

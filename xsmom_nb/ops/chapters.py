@@ -37,7 +37,7 @@ class Part:
         "Whether a notebook belongs to this part."
         return any(fnmatch(path, pattern) for pattern in self.paths)
 
-
+# %% ../../nbs/ops/50a_chapters.ipynb #ee980928
 PARTS = (
     Part("guide", "Guides that run", "Short notebooks to follow along with.", ("guide/*",)),
     Part("strategy", "The strategy", "From prices to target weights, one stage a chapter.", ("strategy/*",)),
@@ -58,7 +58,7 @@ PARTS = (
     Part("commands", "Commands", "The command line, a command a chapter.", ("9[0-9]*_*.ipynb",)),
 )
 
-
+# %% ../../nbs/ops/50a_chapters.ipynb #78e7916f
 def part_of(
     path: str,  # of a notebook below nbs/, "strategy/01_momentum.ipynb"
 ) -> Part:
@@ -84,7 +84,7 @@ class Page:
         "Path in the site's source folder."
         return self.name + posixpath.splitext(self.source)[1]
 
-
+# %% ../../nbs/ops/50a_chapters.ipynb #eb115207
 def read_notebook(
     path: Path,
 ) -> dict[str, Any]:  # the notebook's JSON
@@ -97,7 +97,7 @@ def read_notebook(
         raise DataError(f"{path}: cannot be read as a notebook ({error!r}); {remedy}") from error
     return dict(notebook)
 
-
+# %% ../../nbs/ops/50a_chapters.ipynb #de8f6d10
 _MODULE = re.compile(r"^#\| *default_exp:? +(\S+)", re.MULTILINE)
 
 
@@ -146,7 +146,7 @@ _LINK = re.compile(
     re.DOTALL,
 )
 
-
+# %% ../../nbs/ops/50a_chapters.ipynb #a538a616
 @dataclass
 class Crossing:
     "Where links lead: from files of the checkout to pages of the site."
@@ -184,14 +184,15 @@ class Crossing:
         text: str,  # markdown
     ) -> str:
         "The same text with links for the site."
+        return _LINK.sub(lambda found: _crossed(self, source, found), text)
 
-        def replaced(found: re.Match[str]) -> str:
-            if code := found["code"]:
-                return f"{{confval}}{code}" if code.strip("`") in self.settings and code.count("`") == 2 else code
-            target = self.target(source, found["target"])
-            return found["text"] if target is None else f"[{found['text']}]({target})"
-
-        return _LINK.sub(replaced, text)
+# %% ../../nbs/ops/50a_chapters.ipynb #32b517c7
+def _crossed(crossing: Crossing, source: str, found: re.Match[str]) -> str:
+    "A piece of code, or a link, as the site needs it."
+    if code := found["code"]:
+        return f"{{confval}}{code}" if code.strip("`") in crossing.settings and code.count("`") == 2 else code
+    target = crossing.target(source, found["target"])
+    return found["text"] if target is None else f"[{found['text']}]({target})"
 
 # %% ../../nbs/ops/50a_chapters.ipynb #86f3b3e2
 def only_imports(
@@ -205,7 +206,7 @@ def only_imports(
     plain = [each for each in statements if not isinstance(each, ast.If)]
     return bool(plain) and all(isinstance(each, ast.Import | ast.ImportFrom) for each in plain)
 
-
+# %% ../../nbs/ops/50a_chapters.ipynb #fa89be43
 def shown_cell(
     cell: Mapping[str, Any],  # as the notebook's JSON has it
 ) -> dict[str, Any] | None:  # None: not for readers
@@ -234,7 +235,7 @@ def kept_error(
                 return f"{source}: cell {number} failed with {error}; mend the cell and run the notebook again"
     return None
 
-
+# %% ../../nbs/ops/50a_chapters.ipynb #cb37a817
 def facts_line(
     page: Page,
 ) -> str:  # markdown, a line below the heading
@@ -243,7 +244,20 @@ def facts_line(
     made = f"makes [`xsmom_nb.{page.module}`](/api/{page.module}.md)" if page.module else "makes no module"
     return f"{{.chapter-facts}}\n{made} · {source}"
 
+# %% ../../nbs/ops/50a_chapters.ipynb #a0ba3b0f
+def _for_readers(page: Page, notebook: Mapping[str, Any], crossing: Crossing) -> list[dict[str, Any]]:
+    "The cells that are shown, with links for the site."
+    cells: list[dict[str, Any]] = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            cells += [shown] if (shown := shown_cell(cell)) else []
+        elif cell["cell_type"] == "markdown" and not text.startswith("#|"):
+            shown_text = crossing.rewrite(page.source, text)
+            cells.append({"cell_type": "markdown", "id": cell.get("id", ""), "metadata": {}, "source": shown_text})
+    return cells
 
+# %% ../../nbs/ops/50a_chapters.ipynb #c0cff043
 _HEAD = re.compile(r"(#[^\n]*\n*)((?:>[^\n]*\n?)*)(.*)", re.DOTALL)
 
 
@@ -255,14 +269,7 @@ def prepared(
     "A notebook as the site shows it; raises `DataError` when it keeps an error."
     if failure := kept_error(page.source, notebook["cells"]):
         raise DataError(failure)
-    cells: list[dict[str, Any]] = []
-    for cell in notebook["cells"]:
-        text = "".join(cell["source"])
-        if cell["cell_type"] == "code":
-            cells += [shown] if (shown := shown_cell(cell)) else []
-        elif cell["cell_type"] == "markdown" and not text.startswith("#|"):
-            shown_text = crossing.rewrite(page.source, text)
-            cells.append({"cell_type": "markdown", "id": cell.get("id", ""), "metadata": {}, "source": shown_text})
+    cells = _for_readers(page, notebook, crossing)
     head, quote, rest = _HEAD.match(cells[0]["source"]).groups()  # type: ignore[union-attr]
     cells[0]["source"] = f"{head.rstrip()}\n\n{quote.rstrip()}\n\n{facts_line(page)}\n\n{rest.strip()}"
     kernel = {"display_name": "python3", "language": "python", "name": "python3"}
@@ -276,7 +283,18 @@ def has_outputs(
     "Whether a notebook keeps outputs."
     return any(cell.get("outputs") for cell in notebook["cells"])
 
+# %% ../../nbs/ops/50a_chapters.ipynb #8505e59b
+def _runnable(notebook: Mapping[str, Any]) -> Any:
+    "A notebook as nbclient runs it."
+    import nbformat
 
+    node = nbformat.from_dict(json.loads(json.dumps(notebook)))
+    for cell in node.cells:
+        if "#| eval: false" in cell.source:
+            cell.metadata["tags"] = ["skip-execution"]
+    return node
+
+# %% ../../nbs/ops/50a_chapters.ipynb #5fdb5eb9
 def executed(
     page: Page,
     path: Path,  # of the notebook; it runs in its own folder
@@ -284,14 +302,10 @@ def executed(
     seconds: int = 600,  # time limit of a cell
 ) -> dict[str, Any]:  # the same with its outputs
     "A notebook after it was run from top to bottom; raises `DataError` naming notebook, cell and error when one fails."
-    import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    node = nbformat.from_dict(json.loads(json.dumps(notebook)))
-    for cell in node.cells:
-        if "#| eval: false" in cell.source:
-            cell.metadata["tags"] = ["skip-execution"]
+    node = _runnable(notebook)
     with started_kernel(path, path.parent) as kernel:
         client = NotebookClient(node, km=kernel.manager, timeout=seconds)
         try:

@@ -40,7 +40,7 @@ __all__ = ['PROJECT', 'SiteError', 'refuse', 'written_pages', 'tree', 'counted',
 class SiteError(XsmomError):
     "The site could not be built as it should be; the message has a line for each fault."
 
-
+# %% ../../nbs/ops/50e_docs.ipynb #694b0715
 def refuse(
     faults: Collection[str],  # a sentence each, with page and remedy
 ) -> None:
@@ -57,12 +57,12 @@ PROJECT = {  # file of the checkout to page
     "benchmarks/README.md": "project/benchmarks", "runs/README.md": "project/runs",
 }  # fmt: skip
 
-
+# %% ../../nbs/ops/50e_docs.ipynb #052c7969
 def _title(text: str) -> str:
     "The first heading of a page in markdown."
     return next((line[2:].strip() for line in text.splitlines() if line.startswith("# ")), "")
 
-
+# %% ../../nbs/ops/50e_docs.ipynb #3785e1f2
 def written_pages(
     top: Path,  # the checkout
 ) -> list[Page]:
@@ -85,7 +85,7 @@ def tree(
     "The order of pages, for Sphinx."
     return "\n".join(["```{toctree}", ":hidden:", *(f"/{name}" for name in names), "```"])
 
-
+# %% ../../nbs/ops/50e_docs.ipynb #9416e9a4
 def counted(
     number: int,
     thing: str,  # "chapter"
@@ -93,7 +93,7 @@ def counted(
     "A number of things in words."
     return f"{number} {thing}{'s' * (number != 1)}"
 
-
+# %% ../../nbs/ops/50e_docs.ipynb #8d99b6ff
 def listing(
     title: str,
     about: str,  # the line below it
@@ -106,7 +106,7 @@ def listing(
     head = [f"# {title}", f"> {about}" if about else "", text, tree(file.rpartition(".")[0] for file, _, _ in pages)]
     return "\n\n".join([*filter(None, head), *lines]) + "\n"
 
-
+# %% ../../nbs/ops/50e_docs.ipynb #ece567f5
 def book_pages(
     pages: Iterable[Page],  # chapters, in reading order
 ) -> dict[str, str]:  # file to MyST markdown
@@ -136,7 +136,7 @@ def read_package(
     wanted = set(order if whole is None else whole)
     return {name: read_module(paths[name].read_text(encoding="utf-8"), name, paths, name in wanted) for name in order}
 
-
+# %% ../../nbs/ops/50e_docs.ipynb #bdb7fe90
 def interface_pages(
     modules: Mapping[str, Module],  # all of the package
     pages: Mapping[str, Page],  # chapter by the module it makes, of the chapters that are built
@@ -190,7 +190,7 @@ class Source:
     origins: dict[str, str] = field(default_factory=dict)  # path in the source folder to the file of the checkout
     faults: list[str] = field(default_factory=list)
 
-
+# %% ../../nbs/ops/50e_docs.ipynb #7c4e53fb
 def _run_one(top: Path, page: Page) -> dict[str, Any] | str:
     "A chapter executed in a process of its own; a sentence when it failed."
     try:
@@ -198,7 +198,7 @@ def _run_one(top: Path, page: Page) -> dict[str, Any] | str:
     except XsmomError as error:
         return str(error)
 
-
+# %% ../../nbs/ops/50e_docs.ipynb #43e7cc7c
 def read_chapters(
     top: Path,  # the checkout
     pages: Collection[Page],
@@ -215,12 +215,31 @@ def read_chapters(
             found |= zip((page.source for page in bare), pool.map(partial(_run_one, top), bare), strict=True)
     return found
 
-# %% ../../nbs/ops/50e_docs.ipynb #7c4e53fb
-def _index_links(text: str) -> str:
-    "The README, whose picture of the results is not for the site's search."
+# %% ../../nbs/ops/50e_docs.ipynb #aa4538c0
+def _take_chapters(
+    source: Source,  # changed
+    pages: Collection[Page],
+    notebooks: Mapping[str, dict[str, Any] | str],  # as `read_chapters` gives them
+    crossing: Crossing,
+) -> None:
+    "Put the chapters into the source."
+    for page in pages:
+        notebook = notebooks[page.source]
+        if isinstance(notebook, str):
+            source.faults.append(notebook)
+            continue
+        try:
+            source.files[page.file] = json.dumps(prepared(page, notebook, crossing), ensure_ascii=False)
+        except DataError as error:
+            source.faults.append(str(error))
+
+# %% ../../nbs/ops/50e_docs.ipynb #a4e4770a
+def _written_text(top: Path, page: Page) -> str:
+    "A page in markdown; the README with its tables filled in, and without the note about its making."
+    text = readme(top) if page.source == "README.md" else (top / page.source).read_text(encoding="utf-8")
     return text.replace("<!-- Made from nbs/index.ipynb by `make readme`; edit that notebook. -->\n", "")
 
-
+# %% ../../nbs/ops/50e_docs.ipynb #43baf813
 def gather(
     top: Path,  # the checkout
     only: Collection[str] | None = None,  # patterns of chapters below nbs/; None: all
@@ -235,17 +254,8 @@ def gather(
     left_out = frozenset(page.source for page in every) - frozenset(files)
     crossing = Crossing(top, files, left_out, frozenset(known_fields()))
     source = Source(origins={file: path for path, file in files.items()})
-    for page, notebook in zip(wanted, read_chapters(top, wanted, execute, jobs).values(), strict=True):
-        if isinstance(notebook, str):
-            source.faults.append(notebook)
-            continue
-        try:
-            source.files[page.file] = json.dumps(prepared(page, notebook, crossing), ensure_ascii=False)
-        except DataError as error:
-            source.faults.append(str(error))
-    for page in written:
-        text = readme(top) if page.source == "README.md" else (top / page.source).read_text(encoding="utf-8")
-        source.files[page.file] = crossing.rewrite(page.source, _index_links(text))
+    _take_chapters(source, wanted, read_chapters(top, wanted, execute, jobs), crossing)
+    source.files |= {page.file: crossing.rewrite(page.source, _written_text(top, page)) for page in written}
     makers = {page.module: page for page in wanted if page.module}
     modules = read_package(top, makers)
     entries = [(page.file, page.title, "") for page in written if page.name.startswith("project/")]
@@ -299,7 +309,7 @@ def _environment() -> dict[str, str]:
     place = str(Path(xsmom_nb.__file__).parents[1])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH", "")]))}
 
-
+# %% ../../nbs/ops/50e_docs.ipynb #7c2d4aa6
 def run_sphinx(
     top: Path,  # the checkout, whose docs/conf.py is used
     folder: Path,  # of the build: source/, html/, doctrees/
@@ -321,11 +331,6 @@ def run_sphinx(
     return faults
 
 # %% ../../nbs/ops/50e_docs.ipynb #bfa4d06b
-_ATTRIBUTE = re.compile(r"""<(?P<tag>[a-zA-Z][\w-]*)\b(?P<rest>(?:[^>"']|"[^"]*"|'[^']*')*)>""")
-_PAIR = re.compile(r"""\b(?P<name>id|name|href|src)=(?:"(?P<value>[^"]*)"|'(?P<single>[^']*)')""")
-_OUTSIDE = re.compile(r"^(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
-
-
 @dataclass
 class Html:
     "What matters about a finished page."
@@ -333,6 +338,10 @@ class Html:
     anchors: set[str] = field(default_factory=set)
     links: set[str] = field(default_factory=set)  # that a reader may follow
     loads: set[str] = field(default_factory=set)  # that a browser fetches by itself
+
+# %% ../../nbs/ops/50e_docs.ipynb #4700a53b
+_ATTRIBUTE = re.compile(r"""<(?P<tag>[a-zA-Z][\w-]*)\b(?P<rest>(?:[^>"']|"[^"]*"|'[^']*')*)>""")
+_PAIR = re.compile(r"""\b(?P<name>id|name|href|src)=(?:"(?P<value>[^"]*)"|'(?P<single>[^']*)')""")
 
 
 def read_html(
@@ -366,6 +375,19 @@ def _fault(name: str, link: str, folder: Path, pages: Mapping[str, Html]) -> str
         else f"the link to {link} names an anchor that {target} does not have"
     )
 
+# %% ../../nbs/ops/50e_docs.ipynb #f66f2d21
+def _styles_that_load(folder: Path) -> list[str]:
+    "A fault for each address in a style sheet that leads out of the site."
+    styles = ((path, path.read_text(encoding="utf-8", errors="replace")) for path in sorted(folder.rglob("*.css")))
+    return [
+        f"{path.relative_to(folder)}: loads {found}; expected everything to come with the site"
+        for path, text in styles
+        for found in re.findall(r"url\(['\"]?((?:https?:)?//[^)'\"]*)", text)
+    ]
+
+# %% ../../nbs/ops/50e_docs.ipynb #28bd3920
+_OUTSIDE = re.compile(r"^(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
+
 
 def check_links(
     folder: Path,  # finished pages
@@ -379,13 +401,7 @@ def check_links(
         faults += [f"{name}: loads {load}; expected everything to come with the site" for load in outside]
         inside = sorted(link for link in page.links | page.loads if not re.match(r"[a-z][a-z0-9+.-]*:|//", link, re.IGNORECASE))
         faults += [f"{name}: {fault}" for link in inside if (fault := _fault(name, link, folder, pages))]
-    styles = ((path, path.read_text(encoding="utf-8", errors="replace")) for path in sorted(folder.rglob("*.css")))
-    faults += [
-        f"{path.relative_to(folder)}: loads {found}; expected everything to come with the site"
-        for path, text in styles
-        for found in re.findall(r"url\(['\"]?((?:https?:)?//[^)'\"]*)", text)
-    ]
-    return faults
+    return faults + _styles_that_load(folder)
 
 # %% ../../nbs/ops/50e_docs.ipynb #079607ce
 @dataclass(frozen=True)
@@ -397,7 +413,7 @@ class Site:
     megabytes: float  # of the whole folder
     seconds: float  # that the build took
 
-
+# %% ../../nbs/ops/50e_docs.ipynb #0d000a4a
 def _clear_stale(folder: Path, source: Source) -> None:
     "Remove pages of an earlier build that nothing makes any more."
     kept = {re.sub(r"\.(md|ipynb)$", ".html", name) for name in source.files} | {
@@ -410,7 +426,17 @@ def _clear_stale(folder: Path, source: Source) -> None:
         if name not in kept and not name.startswith(("_", "files/")):
             path.unlink()
 
+# %% ../../nbs/ops/50e_docs.ipynb #c448d670
+def _refuse_unable(top: Path) -> None:
+    "Raise `UsageError` when Sphinx or the checkout is missing."
+    from importlib.util import find_spec
 
+    if missing := [name for name in ("sphinx", "myst_nb", "pydata_sphinx_theme") if find_spec(name) is None]:
+        raise UsageError(f"the site needs {', '.join(missing)}, which is not installed; `make setup` installs everything")
+    if not (top / "docs" / "conf.py").is_file():
+        raise UsageError(f"{top}: is no checkout, it has no docs/conf.py; call this from the folder of the project")
+
+# %% ../../nbs/ops/50e_docs.ipynb #2ea5dc06
 def build_site(
     top: Path,  # the checkout
     folder: Path | None = None,  # of the build; None: build/docs in the checkout
@@ -421,13 +447,8 @@ def build_site(
     told: Callable[[str], None] = lambda text: None,  # called with each step
 ) -> Site:
     "Build the site; raises `SiteError` with every fault, `UsageError` when Sphinx or the checkout is missing."
-    from importlib.util import find_spec
-
     begin = time.monotonic()
-    if missing := [name for name in ("sphinx", "myst_nb", "pydata_sphinx_theme") if find_spec(name) is None]:
-        raise UsageError(f"the site needs {', '.join(missing)}, which is not installed; `make setup` installs everything")
-    if not (top / "docs" / "conf.py").is_file():
-        raise UsageError(f"{top}: is no checkout, it has no docs/conf.py; call this from the folder of the project")
+    _refuse_unable(top)
     folder, jobs = (folder or top / "build" / "docs").resolve(), jobs or len(os.sched_getaffinity(0))
     told("reading chapters and code")
     source = gather(top, only, command, execute, jobs)

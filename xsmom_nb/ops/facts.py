@@ -47,7 +47,7 @@ def shadow_config(
     "The config of a candidate's paper account; raises as `read_version`."
     return with_values(account_config(read_version(folder, version).config, version), {"live.mode": "paper"})
 
-
+# %% ../../nbs/ops/04_facts.ipynb #20ea7904
 @dataclass(frozen=True)
 class Span:
     "A stage of a rollout."
@@ -57,7 +57,7 @@ class Span:
     start_ms: int  # UTC ms
     end_ms: int  # when the next began, or now
 
-
+# %% ../../nbs/ops/04_facts.ipynb #0c48a633
 def stage_spans(
     state: State,  # with the deployments
     version: str,
@@ -110,7 +110,7 @@ def _untaken(
     last_ms = int(_times_ms(equity)[-1])
     return f"the last cycle was at {format_utc(last_ms)}" if now_ms - last_ms > DAY_MS else ""
 
-
+# %% ../../nbs/ops/04_facts.ipynb #ec80b42d
 def stage_drawdown(
     equity: pd.Series,  # as `earned_equity` gives it, of the stage
 ) -> float:  # %, 0 without a reading
@@ -138,15 +138,21 @@ def kill_in(
     return False, ""
 
 # %% ../../nbs/ops/04_facts.ipynb #e372176c
-FEWEST_HOURS = 5  # of decisions that have filled; with fewer an error of hours means nothing
-
-
 def _volatility(panel: Panel, lookback: int) -> pd.DataFrame:  # bars by symbols
     "Volatility of one bar, as the core has it: of the last `lookback` returns."
     closes = pd.DataFrame(panel.close, columns=list(panel.symbols))
     return closes.pct_change(fill_method=None).rolling(lookback).std()
 
+# %% ../../nbs/ops/04_facts.ipynb #792b97bc
+def _bps_paid(
+    price: float,  # of the fill
+    close: float,  # that was decided on
+    side: str,  # Buy or Sell
+) -> float:
+    "What a fill has cost against a close, above 0 for paid."
+    return (price / close - 1.0) * (1e4 if side == "Buy" else -1e4)
 
+# %% ../../nbs/ops/04_facts.ipynb #ef49df3c
 def fill_table(
     connection: Connection,  # to the state of the account
     panel: Panel,  # of the store
@@ -164,11 +170,14 @@ def fill_table(
             continue
         at = place.get_loc(each.row_ms), columns[each.symbol]
         close, value = panel.close[at], float(each.quantity) * float(each.price)
-        paid = (float(each.price) / close - 1.0) * (1e4 if each.side == "Buy" else -1e4)
+        paid = _bps_paid(float(each.price), close, each.side)
         volume = float(panel.volume[at] * close)
         due = slippage_bps(config.costs.slippage_bps, config.costs.impact_coef, volatility[at], value, volume or np.nan)
         rows.append((each.row_ms, value, paid, float(due)))
     return pd.DataFrame(rows, columns=["row_ms", "value", "realised", "modelled"], dtype=float).dropna()
+
+# %% ../../nbs/ops/04_facts.ipynb #63201377
+FEWEST_HOURS = 5  # of decisions that have filled; with fewer an error of hours means nothing
 
 
 def fill_facts(
@@ -185,9 +194,6 @@ def fill_facts(
     return {"slippage_bps": realised, "modelled_slippage_bps": modelled, "slippage_error_bps": variance**0.5}
 
 # %% ../../nbs/ops/04_facts.ipynb #273e8e59
-DRIFT_HOURS = 48  # of bars that are compared, at least
-
-
 def strategy_input(
     panel: Panel,
     lookback: int,  # `strategy.vol_lookback`, bars
@@ -197,7 +203,10 @@ def strategy_input(
     beyond = returns.sub(returns.median(axis=1), axis=0) / _volatility(panel, lookback).shift(1)
     return beyond.replace([np.inf, -np.inf], np.nan).to_numpy()
 
+# %% ../../nbs/ops/04_facts.ipynb #ebf9f7ee
+DRIFT_HOURS = 48  # of bars that are compared, at least
 
+# %% ../../nbs/ops/04_facts.ipynb #da58d50e
 def input_drift(
     panel: Panel,  # of the store
     lookback: int,  # `strategy.vol_lookback`, bars
@@ -282,7 +291,7 @@ class _Found:
         else:
             self.values[name] = value
 
-
+# %% ../../nbs/ops/04_facts.ipynb #853c8011
 def account_facts(
     found: _Found,
     state: State,  # of the account
@@ -306,7 +315,7 @@ def account_facts(
     elif len(fills):
         found.missing["slippage_bps"] = f"orders of fewer than {FEWEST_HOURS} decisions have filled"
 
-
+# %% ../../nbs/ops/04_facts.ipynb #84d48e4f
 def life_returns(
     spans: Sequence[Span],  # of the rollout
     states: Mapping[bool, tuple[State | None, Config]],  # True: the paper account of the candidate, False: the live one
@@ -323,7 +332,49 @@ def life_returns(
     days = np.concatenate([np.empty(0), *parts])
     return days if days.size else None
 
-# %% ../../nbs/ops/04_facts.ipynb #fab4eb36
+# %% ../../nbs/ops/04_facts.ipynb #528b7d49
+_OF_ACCOUNT = ("parity_bps_per_day", "drawdown_pct", "killed", "slippage_bps")
+
+
+def _note_untraded(found: _Found, version: str) -> None:
+    "Why nothing of an account is known: there is none."
+    for name in _OF_ACCOUNT:
+        found.missing[name] = (f"its paper account has not traded; `xsmom live --account {version} --config "
+                               f"configs/optimized/{version}.yaml --cycles N`")
+
+# %% ../../nbs/ops/04_facts.ipynb #c1b56875
+def _note_surprises(found: _Found, days: np.ndarray | None, expected: tuple[float, float] | str) -> None:
+    "How far the days of a version were from what was expected of them."
+    if days is None or isinstance(expected, str):
+        found.missing["surprises"] = expected if isinstance(expected, str) else "no whole day of its account was read yet"
+    else:
+        found.values["surprises"] = surprises_of(days, *expected)
+
+# %% ../../nbs/ops/04_facts.ipynb #9a3a7d20
+def _measure(
+    found: _Found, state: State, project: Path, folder: Path, version: Deployment, live: Config, panel: Panel, now_ms: int
+) -> None:
+    "Fill the facts of a version; what was found before an error stays."
+    span = Span(version.stage, version.share, version.since_ms, now_ms)
+    spans = stage_spans(state, version.version, now_ms)
+    kept, shadow = read_version(folder, version.version), shadow_config(folder, version.version)
+    expected = expected_day(project / live.runs.root, kept.evidence.run_id)
+    drift = input_drift(panel, kept.config.strategy.vol_lookback, kept.evidence.created_ms, version.since_ms, now_ms)
+    found.note("input_drift", *drift)
+    paper = open_state(shadow.live.state_url, project) if state_exists(shadow.live.state_url, project) else None
+    try:
+        states: dict[bool, tuple[State | None, Config]] = {True: (paper, shadow), False: (state, live)}
+        own, config = states[version.status == "candidate"]
+        if own is None:
+            _note_untraded(found, version.version)
+        else:
+            account_facts(found, own, config, panel, span, live.rollout.rollback_drawdown_pct)
+        _note_surprises(found, life_returns(spans, states), expected)
+    finally:
+        if paper is not None:
+            paper.close()
+
+# %% ../../nbs/ops/04_facts.ipynb #e2568d98
 def facts_of(
     state: State,  # with the deployments: that of the live account
     project: Path,  # the working tree, where relative paths start
@@ -343,36 +394,6 @@ def facts_of(
         why = "the live config cannot be read"
     except XsmomError as error:
         why = str(error)
-    names = ("parity_bps_per_day", "drawdown_pct", "killed", "slippage_bps", "input_drift", "surprises")
+    names = (*_OF_ACCOUNT, "input_drift", "surprises")
     return Facts(version.version, version.stage, **found.values,  # type: ignore[arg-type]
                  missing={**{name: why for name in names if name not in found.values}, **found.missing})
-
-
-def _measure(
-    found: _Found, state: State, project: Path, folder: Path, version: Deployment, live: Config, panel: Panel, now_ms: int
-) -> None:
-    "Fill the facts of a version; what was found before an error stays."
-    span = Span(version.stage, version.share, version.since_ms, now_ms)
-    spans = stage_spans(state, version.version, now_ms)
-    kept, shadow = read_version(folder, version.version), shadow_config(folder, version.version)
-    expected = expected_day(project / live.runs.root, kept.evidence.run_id)
-    drift = input_drift(panel, kept.config.strategy.vol_lookback, kept.evidence.created_ms, version.since_ms, now_ms)
-    found.note("input_drift", *drift)
-    paper = open_state(shadow.live.state_url, project) if state_exists(shadow.live.state_url, project) else None
-    try:
-        states: dict[bool, tuple[State | None, Config]] = {True: (paper, shadow), False: (state, live)}
-        own, config = states[version.status == "candidate"]
-        if own is None:
-            for name in ("parity_bps_per_day", "drawdown_pct", "killed", "slippage_bps"):
-                found.missing[name] = (f"its paper account has not traded; `xsmom live --account {version.version} --config "
-                                       f"configs/optimized/{version.version}.yaml --cycles N`")
-        else:
-            account_facts(found, own, config, panel, span, live.rollout.rollback_drawdown_pct)
-        days = life_returns(spans, states)
-        if days is None or isinstance(expected, str):
-            found.missing["surprises"] = expected if isinstance(expected, str) else "no whole day of its account was read yet"
-        else:
-            found.values["surprises"] = surprises_of(days, *expected)
-    finally:
-        if paper is not None:
-            paper.close()

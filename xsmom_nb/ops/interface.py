@@ -50,27 +50,32 @@ class _Plainly(ast.NodeTransformer):
             return self.visit(node.slice.elts[0])
         return self.generic_visit(node)
 
+# %% ../../nbs/ops/50b_interface.ipynb #0ad79b0a
+def _origin(node: ast.ImportFrom, module: str, package: str) -> str:
+    "The module that an import takes names from, in full."
+    above = [package, *module.split(".")[:-1]]
+    parents = above[: len(above) + 1 - node.level] if node.level else []
+    return ".".join([*parents, *filter(None, [node.module])])
 
+# %% ../../nbs/ops/50b_interface.ipynb #1c1497f3
 def named_types(
     tree: ast.Module,
     module: str,  # below the package
     package: str = "xsmom_nb",
 ) -> dict[str, str]:  # name in the module to full name
     "The types that a module defines or imports from its own package."
-    above = [package, *module.split(".")[:-1]]
     own = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
     own += [node.targets[0].id for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
     names = {name: f"{package}.{module}.{name}" for name in own}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            parents = above[: len(above) + 1 - node.level] if node.level else []
-            base = ".".join([*parents, *filter(None, [node.module])])
+            base = _origin(node, module, package)
             names |= {
                 alias.asname or alias.name: f"{base}.{alias.name}" for alias in node.names if base.startswith(f"{package}.")
             }
     return {name: full for name, full in names.items() if name[:1].isupper()}
 
-
+# %% ../../nbs/ops/50b_interface.ipynb #b9c83a4a
 def write_out(
     tree: ast.Module,  # changed in place
     names: Mapping[str, str],  # of types, to their full names
@@ -103,19 +108,39 @@ class Definition:
     options: tuple[tuple[str, str], ...] = ()  # of Sphinx's directive: type, value
     inside: tuple[Definition, ...] = ()  # fields and methods
 
-
+# %% ../../nbs/ops/50b_interface.ipynb #812b42ec
 def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef, bound: bool) -> list[ast.arg]:
     "The parameters of a function, without `self`."
     every = node.args
     named = [*every.posonlyargs, *every.args][1 if bound else 0 :]
     return [*named, *filter(None, [every.vararg]), *every.kwonlyargs, *filter(None, [every.kwarg])]
 
+# %% ../../nbs/ops/50b_interface.ipynb #d1585b33
+def _meanings(node: ast.FunctionDef | ast.AsyncFunctionDef, bound: bool, notes: Mapping[int, str]) -> list[tuple[str, str]]:
+    "The parameters that are explained, and how."
+    return [(each.arg, notes[each.end_lineno or 0]) for each in _arguments(node, bound) if (each.end_lineno or 0) in notes]
 
+# %% ../../nbs/ops/50b_interface.ipynb #bb1ed577
+def _returned(node: ast.FunctionDef | ast.AsyncFunctionDef, notes: Mapping[int, str], is_explained: bool) -> str:
+    "What is said of the result; `is_explained`: some of the parameters are."
+    last = node.returns.end_lineno if node.returns else None
+    head = node.body[0].lineno > (last or 0)
+    return notes.get(last or 0, "") if head and not (is_explained and node.lineno == last) else ""
+
+# %% ../../nbs/ops/50b_interface.ipynb #2605fa49
+def _shown(node: ast.FunctionDef | ast.AsyncFunctionDef, bound: bool) -> str:
+    "The signature of a function."
+    arguments = ast.parse(f"def f({ast.unparse(node.args)}): ...").body[0].args  # type: ignore[attr-defined]
+    if bound:
+        del (arguments.posonlyargs or arguments.args)[0]
+    return f"({ast.unparse(arguments)})" + (f" -> {ast.unparse(node.returns)}" if node.returns else "")
+
+# %% ../../nbs/ops/50b_interface.ipynb #64ce7895
 def _decorators(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> set[str]:
     "Names of the decorators."
     return {ast.unparse(each.func if isinstance(each, ast.Call) else each).split(".")[-1] for each in node.decorator_list}
 
-
+# %% ../../nbs/ops/50b_interface.ipynb #cba88b19
 def function(
     node: ast.FunctionDef | ast.AsyncFunctionDef,
     notes: Mapping[int, str],  # the comments of the file
@@ -124,32 +149,16 @@ def function(
     "A function or method."
     marks = _decorators(node)
     bound = inside and "staticmethod" not in marks
-    arguments = ast.parse(f"def f({ast.unparse(node.args)}): ...").body[0].args  # type: ignore[attr-defined]
-    if bound:
-        del (arguments.posonlyargs or arguments.args)[0]
-    meanings = [(each.arg, notes[each.end_lineno or 0]) for each in _arguments(node, bound) if (each.end_lineno or 0) in notes]
-    last = node.returns.end_lineno if node.returns else None
-    head = node.body[0].lineno > (last or 0)
-    returns = notes.get(last or 0, "") if head and not (meanings and node.lineno == last) else ""
-    shown = f"({ast.unparse(arguments)})" + (f" -> {ast.unparse(node.returns)}" if node.returns else "")
+    meanings = _meanings(node, bound, notes)
     kind = "property" if marks & {"property", "cached_property"} else "method" if inside else "function"
     options = [("type", ast.unparse(node.returns))] if kind == "property" and node.returns else []
     options += [(mark, "") for mark in ("classmethod", "staticmethod") if mark in marks]
     options += [("async", "")] if isinstance(node, ast.AsyncFunctionDef) else []
-    return Definition(
-        kind,
-        node.name,
-        "" if kind == "property" else shown,
-        ast.get_docstring(node) or "",
-        tuple(meanings),
-        returns,
-        tuple(options),
-    )
+    shown = "" if kind == "property" else _shown(node, bound)
+    returns = _returned(node, notes, bool(meanings))
+    return Definition(kind, node.name, shown, ast.get_docstring(node) or "", tuple(meanings), returns, tuple(options))
 
 # %% ../../nbs/ops/50b_interface.ipynb #6d418c83
-_LONGEST_VALUE = 80  # characters of a constant that are still shown
-
-
 def _described(value: ast.expr | None) -> tuple[str, str]:
     "Default and description of a field, whether plain or pydantic's."
     if not (isinstance(value, ast.Call) and ast.unparse(value.func).split(".")[-1] in ("Field", "field")):
@@ -159,6 +168,9 @@ def _described(value: ast.expr | None) -> tuple[str, str]:
     default = value.args[0] if value.args else options.get("default")
     said = text.value if isinstance(text, ast.Constant) else ""
     return (ast.unparse(default) if default is not None else ""), str(said)
+
+# %% ../../nbs/ops/50b_interface.ipynb #58ff0d75
+_LONGEST_VALUE = 80  # characters of a constant that are still shown
 
 
 def variable(
@@ -173,7 +185,7 @@ def variable(
     options += [("value", default)] if default and len(default) <= _LONGEST_VALUE and "\n" not in default else []
     return Definition(kind, name, text=notes.get(node.lineno) or said, options=tuple(options))
 
-
+# %% ../../nbs/ops/50b_interface.ipynb #dafec216
 def _members(node: ast.ClassDef, notes: Mapping[int, str]) -> Iterator[Definition]:
     "The public fields and methods of a class."
     for each in node.body:
@@ -182,7 +194,7 @@ def _members(node: ast.ClassDef, notes: Mapping[int, str]) -> Iterator[Definitio
         elif isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name) and not each.target.id.startswith("_"):
             yield variable(each, each.target.id, notes, "attribute")
 
-
+# %% ../../nbs/ops/50b_interface.ipynb #96c9eb9d
 def record(
     node: ast.ClassDef,
     notes: Mapping[int, str],  # the comments of the file
@@ -207,7 +219,7 @@ class Module:
     definitions: tuple[Definition, ...]
     imports: tuple[str, ...]  # own modules that it imports anywhere, sorted
 
-
+# %% ../../nbs/ops/50b_interface.ipynb #f692cbd8
 def _public(tree: ast.Module) -> list[str]:
     "The names in `__all__`."
     for node in tree.body:
@@ -215,7 +227,7 @@ def _public(tree: ast.Module) -> list[str]:
             return [str(name) for name in ast.literal_eval(node.value)]
     return []
 
-
+# %% ../../nbs/ops/50b_interface.ipynb #b728a8d2
 def _definition(node: ast.stmt, notes: Mapping[int, str]) -> Iterator[Definition]:
     "What a statement at the top of a module defines."
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -228,25 +240,23 @@ def _definition(node: ast.stmt, notes: Mapping[int, str]) -> Iterator[Definition
         names = [each.id for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Name)]
         yield from (variable(node, name, notes, "data") for name in names)
 
-
+# %% ../../nbs/ops/50b_interface.ipynb #3f74f87f
 def imported(
     tree: ast.Module,
     module: str,  # below the package, "strategy.momentum"
     package: str = "xsmom_nb",
 ) -> set[str]:  # dotted names below the package; names within modules among them
     "What a module imports from its own package, wherever in the file the import stands."
-    above = [package, *module.split(".")[:-1]]
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            parents = above[: len(above) + 1 - node.level] if node.level else []
-            base = ".".join([*parents, *filter(None, [node.module])])
+            base = _origin(node, module, package)
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     return {name.removeprefix(f"{package}.") for name in found if name.startswith(f"{package}.")}
 
-
+# %% ../../nbs/ops/50b_interface.ipynb #2f1a1691
 def read_module(
     source: str,
     name: str,  # below the package
@@ -294,7 +304,7 @@ def directive(
     ]
     return "\n\n".join(filter(None, blocks)) + f"\n{fence}"
 
-
+# %% ../../nbs/ops/50b_interface.ipynb #5445fda7
 def module_page(
     module: Module,
     chapter: str,  # markdown link to the chapter that makes it

@@ -36,7 +36,7 @@ def words_of(
     given = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in entry.parameters.items())
     return ["run", str(entry.notebook), *(part for each in given for part in ("-p", each))]
 
-
+# %% ../../nbs/ops/30c_jobs.ipynb #602fea66
 def program() -> list[str]:
     "How this installation's xsmom is called; by its full path, so that a release that is switched meanwhile changes nothing."
     script = Path(sys.executable).with_name("xsmom")
@@ -50,7 +50,7 @@ def job_lock(
     "Take the lock of an entry."
     return take_lock(make_folder(folder) / f"{name}.lock", create=True)
 
-
+# %% ../../nbs/ops/30c_jobs.ipynb #313902cf
 def still_running(
     folder: Path,  # of the locks
     names: Iterable[str],  # of entries
@@ -66,9 +66,6 @@ def still_running(
     return found
 
 # %% ../../nbs/ops/30c_jobs.ipynb #13fe7f73
-KILL_AFTER_SECONDS = 20.0  # from asking to killing
-
-
 def descendants(
     pid: int,
 ) -> list[int]:  # pids, the children of children included
@@ -81,6 +78,25 @@ def descendants(
     for each in found:
         found += children.get(each, [])
     return found[1:]
+
+# %% ../../nbs/ops/30c_jobs.ipynb #18e001f3
+def _signal_all(pid: int, number: int, family: list[int]) -> None:
+    "Send a signal to a process group, and to a family that may have left it."
+    for each in family:
+        with suppress(ProcessLookupError):
+            os.kill(each, number)
+    if pid:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, number)
+
+# %% ../../nbs/ops/30c_jobs.ipynb #7f4445cd
+def _last_line(log: Path) -> str:
+    "The last thing that was written, or nothing."
+    text = log.read_bytes()[-2000:].decode(errors="replace") if log.is_file() else ""
+    return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "")
+
+# %% ../../nbs/ops/30c_jobs.ipynb #d77bd347
+KILL_AFTER_SECONDS = 20.0  # from asking to killing
 
 
 @dataclass
@@ -113,24 +129,23 @@ class Child:
         now = time.monotonic()
         if self.asked is None:
             self.asked, self.why = now, why
-            self._signal(signal.SIGTERM, [])
+            _signal_all(self.pid, signal.SIGTERM, [])
         elif now - self.asked > KILL_AFTER_SECONDS:
-            self._signal(signal.SIGKILL, descendants(self.pid) if self.pid else [])
-
-    def _signal(self, number: int, family: list[int]) -> None:
-        for pid in family:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-        if self.pid:
-            with suppress(ProcessLookupError):
-                os.killpg(self.pid, number)
+            _signal_all(self.pid, signal.SIGKILL, descendants(self.pid) if self.pid else [])
 
     def last_line(self) -> str:
         "The last thing it wrote."
-        text = self.log.read_bytes()[-2000:].decode(errors="replace") if self.log.is_file() else ""
-        return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "")
+        return _last_line(self.log)
 
-# %% ../../nbs/ops/30c_jobs.ipynb #7671656a
+# %% ../../nbs/ops/30c_jobs.ipynb #8a29abc8
+LOCKS = "state/schedule"  # below the working tree
+
+
+def _day(time_ms: int) -> str:
+    "A day as the name of an output has it."
+    return format_utc(time_ms)[:10].replace("-", "")
+
+# %% ../../nbs/ops/30c_jobs.ipynb #6b124182
 def start_child(
     entry: Entry,
     slot_ms: int,  # the time it stands for, UTC ms
@@ -143,16 +158,15 @@ def start_child(
     locks = project / LOCKS
     if (lock := job_lock(locks, entry.name)) is None:
         return None
-    words = [*program(), *words_of(entry)] if command is None else list(command)
-    day = format_utc(now_ms)[:10].replace("-", "")
-    path = make_folder(logs) / f"{entry.name}-{day}.log"
     try:
+        words = [*program(), *words_of(entry)] if command is None else list(command)
+        path = make_folder(logs) / f"{entry.name}-{_day(now_ms)}.log"
+        os.ftruncate(lock, 0)  # the pid of the run before must not be taken for this one's
         with open(path, "ab") as log:
             log.write(f"# {format_utc(now_ms)} for {format_utc(slot_ms)}: {' '.join(words)}\n".encode())
             log.flush()
             process = subprocess.Popen(words, cwd=project, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                        start_new_session=True, pass_fds=(lock,))
-        os.ftruncate(lock, 0)
         os.pwrite(lock, str(process.pid).encode(), 0)
         if entry.nice:
             with suppress(ProcessLookupError):
@@ -161,10 +175,7 @@ def start_child(
         os.close(lock)  # the child has it too
     return Child(entry.name, process.pid, path, entry.time_limit_seconds, process, locks)
 
-
-LOCKS = "state/schedule"  # below the working tree
-
-
+# %% ../../nbs/ops/30c_jobs.ipynb #00b84396
 def found_child(
     entry: Entry,
     elapsed_seconds: float,  # how long it has been running
@@ -184,7 +195,7 @@ def prune_logs(
     now_ms: int,  # UTC ms
 ) -> int:  # how many were deleted
     "Delete the outputs that are older than so many days, by the day in their name."
-    oldest = format_utc(now_ms - keep_days * DAY_MS)[:10].replace("-", "")
+    oldest = _day(now_ms - keep_days * DAY_MS)
     old = [path for path in logs.glob("*-????????.log") if path.stem[-8:].isdigit() and path.stem[-8:] < oldest]
     for path in old:
         path.unlink(missing_ok=True)

@@ -36,6 +36,15 @@ def compiled_files(
     return {Path(file) for file in found if file is not None}
 
 # %% ../../nbs/ops/40_lab.ipynb #8707087f
+def _stamp(file: Path) -> tuple[int, int]:
+    "Time of the last change in nanoseconds, and size; zeros for a file that is gone."
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+# %% ../../nbs/ops/40_lab.ipynb #0f726d0f
 class Watcher:
     "Remembers the compiled files as they were, and tells each change once."
 
@@ -54,15 +63,6 @@ class Watcher:
                 found.append(file)
         return found
 
-
-def _stamp(file: Path) -> tuple[int, int]:
-    "Time of the last change in nanoseconds, and size; zeros for a file that is gone."
-    try:
-        status = file.stat()
-    except FileNotFoundError:
-        return 0, 0
-    return status.st_mtime_ns, status.st_size
-
 # %% ../../nbs/ops/40_lab.ipynb #dc8e8ae5
 def stale_notice(
     files: list[Path],  # that changed
@@ -72,7 +72,7 @@ def stale_notice(
     return (f"OUT OF DATE: {names} changed after this kernel compiled it; what is computed below is still the old code. "
             "Restart the kernel (Kernel → Restart Kernel and Run All Cells).")
 
-
+# %% ../../nbs/ops/40_lab.ipynb #7c28cbbb
 def load_ipython_extension(
     shell: "InteractiveShell",
 ) -> None:
@@ -92,7 +92,7 @@ def load_ipython_extension(
 # %% ../../nbs/ops/40_lab.ipynb #2bf7d7fa
 CHAPTER = re.compile(r"nbs/(?:(?P<folder>[a-z_]+)/)?\d{2}[a-z]?\d?_(?P<name>[a-z][a-z0-9_]*)\.ipynb")
 
-
+# %% ../../nbs/ops/40_lab.ipynb #16aa928b
 def new_chapter(
     notebook: str,  # path to be made, relative to the checkout, such as nbs/strategy/01a_high_distance.ipynb
     top: Path,  # the checkout

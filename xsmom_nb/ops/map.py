@@ -22,7 +22,7 @@ Layers = Sequence[
     Sequence[str]
 ]  # rooms of each layer from below; a room is a subpackage, or modules of the root with spaces between
 
-
+# %% ../../nbs/ops/50d_map.ipynb #641c9562
 def read_layers(
     top: Path,  # the checkout
 ) -> Layers:
@@ -41,7 +41,7 @@ def head_of(
     "The part of a module that the table names."
     return module.split(".")[0]
 
-
+# %% ../../nbs/ops/50d_map.ipynb #0b048577
 def boxes(
     layers: Layers,
     modules: Mapping[str, Module],
@@ -60,6 +60,9 @@ def boxes(
 # %% ../../nbs/ops/50d_map.ipynb #8230c376
 _WIDTH, _STEP, _HEIGHT, _LEFT = 920.0, 74.0, 34.0, 50.0  # of the picture, pixels
 
+# %% ../../nbs/ops/50d_map.ipynb #0bdb718f
+_WIDTH, _STEP, _HEIGHT, _LEFT = 920.0, 74.0, 34.0, 50.0  # of the picture, pixels
+
 
 def _places(drawn: list[list[tuple[str, list[str]]]]) -> dict[str, tuple[float, float, float]]:
     "Left edge, top and width of each box by its caption."
@@ -73,7 +76,7 @@ def _places(drawn: list[list[tuple[str, list[str]]]]) -> dict[str, tuple[float, 
             places[caption] = (left, _STEP * (len(drawn) - 1 - level) + 8, width)
     return places
 
-
+# %% ../../nbs/ops/50d_map.ipynb #5b581595
 def _edges(drawn: list[list[tuple[str, list[str]]]], modules: Mapping[str, Module]) -> Counter[tuple[str, str]]:
     "How many imports lead from one box to another."
     owner = {head: caption for row in drawn for caption, heads in row for head in heads}
@@ -82,7 +85,7 @@ def _edges(drawn: list[list[tuple[str, list[str]]]], modules: Mapping[str, Modul
     )
     return Counter((a, b) for a, b in pairs if a and b and a != b)
 
-# %% ../../nbs/ops/50d_map.ipynb #0bdb718f
+# %% ../../nbs/ops/50d_map.ipynb #cf49537a
 def _curve(upper: tuple[float, float, float], lower: tuple[float, float, float], count: int) -> str:
     "A line from the lower edge of one box to the upper edge of another."
     x1, y1, x2, y2 = upper[0] + upper[2] / 2, upper[1] + _HEIGHT, lower[0] + lower[2] / 2, lower[1]
@@ -93,7 +96,16 @@ def _curve(upper: tuple[float, float, float], lower: tuple[float, float, float],
         f'stroke-width="{width:.1f}"><title>{count} imports</title></path>'
     )
 
+# %% ../../nbs/ops/50d_map.ipynb #fa69bc0c
+def _box(caption: str, count: int, place: tuple[float, float, float]) -> str:
+    "A box with the number of its modules."
+    left, top, width = place
+    return (
+        f'<rect x="{left:.0f}" y="{top:.0f}" width="{width:.0f}" height="{_HEIGHT:.0f}" rx="6"/>'
+        f'<text x="{left + width / 2:.0f}" y="{top + 22:.0f}">{html.escape(caption)} <tspan>{count}</tspan></text>'
+    )
 
+# %% ../../nbs/ops/50d_map.ipynb #fe67870a
 def layers_picture(
     layers: Layers,
     modules: Mapping[str, Module],
@@ -106,13 +118,7 @@ def layers_picture(
     for level, row in enumerate(drawn):
         y = _STEP * (len(drawn) - 1 - level) + 8
         rooms.append(f'<text class="level" x="4" y="{y + 22:.0f}">{level}</text>')
-        for caption, heads in row:
-            left, top, width = places[caption]
-            count = sum(head_of(name) in heads for name in modules)
-            rooms.append(
-                f'<rect x="{left:.0f}" y="{top:.0f}" width="{width:.0f}" height="{_HEIGHT:.0f}" rx="6"/>'
-                f'<text x="{left + width / 2:.0f}" y="{top + 22:.0f}">{html.escape(caption)} <tspan>{count}</tspan></text>'
-            )
+        rooms += [_box(caption, sum(head_of(name) in heads for name in modules), places[caption]) for caption, heads in row]
     return (
         f'<svg class="layers" viewBox="0 0 {_WIDTH:.0f} {height:.0f}" role="img" aria-label="Layers and their imports">'
         f'<g class="imports">{"".join(lines)}</g><g class="rooms">{"".join(rooms)}</g></svg>'
@@ -124,7 +130,24 @@ def _reach(module: Module, level: Mapping[str, int]) -> str:
     below = sorted({level[head_of(name)] for name in module.imports if head_of(name) in level}, reverse=True)
     return ", ".join(map(str, below)) or "–"
 
+# %% ../../nbs/ops/50d_map.ipynb #7a340762
+def _layer_blocks(
+    number: int, inside: Sequence[Module], level: Mapping[str, int], link: Callable[[str], str]
+) -> list[str]:
+    "Heading and table of a layer."
+    lines = [f"| {link(each.name)} | {literal(each.quote)} | {_reach(each, level)} |" for each in inside]
+    rooms = ", ".join(dict.fromkeys(head_of(each.name) for each in inside if "." in each.name)) or "root"
+    table = ["| module | what it is about | imports from layers |", "|---|---|---|", *lines]
+    return [f"## Layer {number}: {rooms}", "\n".join(table)]
 
+# %% ../../nbs/ops/50d_map.ipynb #60107f67
+_HEAD = (
+    "# Module map\n\n> What lies where, and in which direction imports point.\n\n"
+    "Layer 0 knows nothing of the others; the command line, on top, may use them all. A line stands for the imports between\n"
+    "two boxes, the number in a box for its modules. Every line leads downwards: `make check` fails on one that does not."
+)
+
+# %% ../../nbs/ops/50d_map.ipynb #facc9b9b
 def map_page(
     layers: Layers,
     modules: Mapping[str, Module],  # by name, in the order of the notebooks
@@ -132,18 +155,9 @@ def map_page(
 ) -> str:  # MyST markdown
     "The module map: the picture, and a table for each layer."
     level = {name: number for number, row in enumerate(layers) for room in row for name in room.split()}
-    head = (
-        "# Module map\n\n> What lies where, and in which direction imports point.\n\n"
-        "Layer 0 knows nothing of the others; the command line, on top, may use them all. A line stands for the imports between\n"
-        "two boxes, the number in a box for its modules. Every line leads downwards: `make check` fails on one that does not."
-    )
-    blocks = [head, f'```{{raw}} html\n<figure class="wide-picture">{layers_picture(layers, modules)}</figure>\n```']
+    blocks = [_HEAD, f'```{{raw}} html\n<figure class="wide-picture">{layers_picture(layers, modules)}</figure>\n```']
     for number, row in enumerate(layers):
         heads = [name for room in row for name in room.split()]
         inside = [module for name, module in modules.items() if head_of(name) in heads]
-        if inside:
-            lines = [f"| {link(each.name)} | {literal(each.quote)} | {_reach(each, level)} |" for each in inside]
-            rooms = ", ".join(dict.fromkeys(head_of(each.name) for each in inside if "." in each.name)) or "root"
-            table = ["| module | what it is about | imports from layers |", "|---|---|---|", *lines]
-            blocks += [f"## Layer {number}: {rooms}", "\n".join(table)]
+        blocks += _layer_blocks(number, inside, level, link) if inside else []
     return "\n\n".join(blocks) + "\n"

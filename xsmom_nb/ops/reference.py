@@ -17,7 +17,7 @@ from .readme import fenced
 from ..schema import Config, expected, known_fields, known_sections
 
 # %% auto #0
-__all__ = ['setting_entry', 'settings_page', 'secrets_section', 'options_table', 'usage', 'example_lines', 'commands_page']
+__all__ = ['setting_entry', 'secrets_section', 'settings_page', 'options_table', 'usage', 'example_lines', 'commands_page']
 
 # %% ../../nbs/ops/50c_reference.ipynb #9faca2b0
 def setting_entry(
@@ -41,7 +41,7 @@ def _sections() -> Iterator[tuple[str, str, list[str]]]:
         if name and own:
             yield name, model.__doc__ or "", own
 
-
+# %% ../../nbs/ops/50c_reference.ipynb #70c8ab07
 _CONFIG_HEAD = """# Settings
 
 > Every key of the config: what it accepts, what it is when nobody says otherwise, and what it does.
@@ -59,18 +59,6 @@ xsmom config diff defaults configs/config.yaml
 An unknown key, a wrong type and a value out of range are refused before anything starts, with the nearest known key.
 """
 
-
-def settings_page(
-    shipped: Config,  # the config of the checkout
-) -> str:  # MyST markdown
-    "The config reference."
-    defaults, values = flatten(Config()), flatten(shipped)
-    blocks = [_CONFIG_HEAD]
-    for name, text, keys in _sections():
-        entries = (setting_entry(key, defaults[key], values[key]) for key in keys)
-        blocks += [f"## {name}", literal(text.split("\n")[0]), *entries]
-    return "\n\n".join([*blocks, secrets_section()]) + "\n"
-
 # %% ../../nbs/ops/50c_reference.ipynb #6d225696
 def secrets_section() -> str:  # MyST markdown
     "The secrets by their environment variables."
@@ -82,29 +70,48 @@ def secrets_section() -> str:  # MyST markdown
     lines += [f"| `{name.upper()}` | {literal(field.description or '')} |" for name, field in Secrets.model_fields.items()]
     return "\n\n".join([head, "\n".join(lines)])
 
-# %% ../../nbs/ops/50c_reference.ipynb #72e52a15
+# %% ../../nbs/ops/50c_reference.ipynb #718d4330
+def settings_page(
+    shipped: Config,  # the config of the checkout
+) -> str:  # MyST markdown
+    "The config reference."
+    defaults, values = flatten(Config()), flatten(shipped)
+    blocks = [_CONFIG_HEAD]
+    for name, text, keys in _sections():
+        entries = (setting_entry(key, defaults[key], values[key]) for key in keys)
+        blocks += [f"## {name}", literal(text.split("\n")[0]), *entries]
+    return "\n\n".join([*blocks, secrets_section()]) + "\n"
+
+# %% ../../nbs/ops/50c_reference.ipynb #71a1f5d7
 def _plain_help(text: str | None) -> str:
     "Help as markdown: wrapped lines joined, nothing that would be taken for a sign."
     return literal(" ".join((text or "").replace("\b", "").split()))
 
-
+# %% ../../nbs/ops/50c_reference.ipynb #327f3c32
 def _default(parameter: Any) -> str:
     "The default of an option, where there is one worth saying."
     value = parameter.default
-    hidden = value in (None, False, (), []) or callable(value) or parameter.required
+    hidden = value is None or value is False or value in ("", (), []) or callable(value) or parameter.required
     return "" if hidden else f"`{value}`"
 
-
+# %% ../../nbs/ops/50c_reference.ipynb #275566e1
 def _option_name(parameter: Any) -> str:
     "How an option is written."
     names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
     return names if parameter.is_flag or not parameter.metavar else f"{names} `{parameter.metavar}`"
 
-
+# %% ../../nbs/ops/50c_reference.ipynb #fa2eef2d
 _PIPE = re.compile(r"(?<!\\)\|")  # one that would end a cell
 _ESCAPED = r"\\|"
 
 
+def _table(rows: list[tuple[str, ...]]) -> str:
+    "Rows of two or three cells as markdown."
+    heads = ("option", "default", "meaning") if len(rows[0]) == 3 else ("option", "meaning")
+    lines = [f"| {' | '.join(_PIPE.sub(_ESCAPED, cell) for cell in row)} |" for row in [heads, ("---",) * len(heads), *rows]]
+    return "\n".join(lines)
+
+# %% ../../nbs/ops/50c_reference.ipynb #0d0aa5f9
 def options_table(
     parameters: list[Any],  # of a command
 ) -> str:  # markdown; empty when there are none
@@ -117,11 +124,9 @@ def options_table(
             rows.append((_option_name(parameter), _default(parameter), _plain_help(parameter.help)))
     if not any(row[1] for row in rows):
         rows = [(row[0], row[2]) for row in rows]
-    heads = ("option", "default", "meaning") if rows and len(rows[0]) == 3 else ("option", "meaning")
-    lines = [f"| {' | '.join(_PIPE.sub(_ESCAPED, cell) for cell in row)} |" for row in [heads, ("---",) * len(heads), *rows]]
-    return "\n".join(lines) if rows else ""
+    return _table(rows) if rows else ""
 
-
+# %% ../../nbs/ops/50c_reference.ipynb #64477a9f
 def usage(
     name: str,  # "xsmom run"
     parameters: list[Any],
@@ -132,7 +137,7 @@ def usage(
     shown = [word if each.required or word.startswith("[") else f"[{word}]" for word, each in zip(words, arguments, strict=True)]
     return " ".join([name, *shown, *(["[OPTIONS]"] if len(parameters) > len(arguments) else [])])
 
-
+# %% ../../nbs/ops/50c_reference.ipynb #53ad52cc
 def example_lines(
     epilog: str | None,  # as `console.examples` writes it
 ) -> str:
@@ -148,7 +153,7 @@ def _commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
         if not inner.hidden:
             yield from _commands(inner, f"{name} {key}")
 
-
+# %% ../../nbs/ops/50c_reference.ipynb #7f9e9fb8
 _COMMANDS_HEAD = """# Commands
 
 > `xsmom` and everything it can do, with options and examples.
@@ -158,7 +163,7 @@ and nothing else. The exit status is 0 when done, 1 when something failed, 2 for
 refused.
 """
 
-
+# %% ../../nbs/ops/50c_reference.ipynb #5be77060
 def commands_page(
     command: Any,  # the root command, as typer made it
     name: str = "xsmom",

@@ -43,7 +43,7 @@ class Release:
     files: Mapping[str, str]  # SHA-256 of every file, by its relative path
     python: str  # minor version it was built with, "3.11"
 
-
+# %% ../../nbs/ops/30f_release.ipynb #8f8d0346
 def read_release(
     folder: Path,  # of a release, or of an installed one
 ) -> Release:
@@ -63,7 +63,7 @@ def _git(project: Path, *arguments: str) -> bytes:
         raise UsageError(f"{project}: git {arguments[0]} failed ({said}); a release is built from a commit of this project")
     return done.stdout
 
-
+# %% ../../nbs/ops/30f_release.ipynb #9fe015a0
 def require_clean(
     project: Path,  # a checkout
 ) -> None:
@@ -73,7 +73,7 @@ def require_clean(
         shown = ", ".join(line[3:] for line in changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise RefusedError(f"{project}: not everything is committed: {shown}; commit or remove it, then build")
 
-
+# %% ../../nbs/ops/30f_release.ipynb #8a7c034b
 def stale_modules(
     tree: Path,  # a copy of the checkout, which is changed
 ) -> list[str]:  # files of the package that a fresh export makes otherwise
@@ -94,16 +94,13 @@ def stale_modules(
     return sorted(str(name) for name in kept.keys() | fresh.keys() if kept.get(name) != fresh.get(name))
 
 # %% ../../nbs/ops/30f_release.ipynb #4bd00152
-SHIPPED = ("nbs", "scheduled", "configs", "requirements.lock")
-
-
 def _committed_tree(project: Path, into: Path) -> None:
     "The tree of the commit, written out."
     archive = _git(project, "archive", "--format=tar", "HEAD")
     with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
         packed.extractall(into, filter="data")
 
-
+# %% ../../nbs/ops/30f_release.ipynb #2bd3dc3d
 def _build_wheel(tree: Path, into: Path, committed_ms: int) -> Path:
     "The wheel of a tree; raises `RunError`."
     script = f"from setuptools import build_meta; print(build_meta.build_wheel({str(into)!r}))"
@@ -112,6 +109,9 @@ def _build_wheel(tree: Path, into: Path, committed_ms: int) -> Path:
     if done.returncode:
         raise RunError(f"the wheel could not be built: {done.stderr.strip()[-500:]}")
     return into / done.stdout.strip().splitlines()[-1]
+
+# %% ../../nbs/ops/30f_release.ipynb #39425b6c
+SHIPPED = ("nbs", "scheduled", "configs", "requirements.lock")
 
 
 def _ship(tree: Path, folder: Path) -> None:
@@ -122,7 +122,7 @@ def _ship(tree: Path, folder: Path) -> None:
         elif (tree / name).is_file():
             shutil.copy(tree / name, folder / name)
 
-
+# %% ../../nbs/ops/30f_release.ipynb #3202845f
 def file_digests(
     folder: Path,
 ) -> dict[str, str]:  # SHA-256 by relative path
@@ -130,7 +130,17 @@ def file_digests(
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / RELEASE_FILE)
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
+# %% ../../nbs/ops/30f_release.ipynb #a47526cb
+def _described(tree: Path, made: Path, commit: str, committed_ms: int, code: str, wheel: str) -> Release:
+    "The description of what was made from a tree."
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(tree / "settings.ini", encoding="utf-8")
+    version, files = settings["DEFAULT"]["version"], file_digests(made)
+    name = f"{version}-{sha256_bytes(canonical_json([code, files]))[:8]}"
+    return Release(name, version, commit, committed_ms, code, notebooks_digest(made), files["requirements.lock"], wheel, files,
+                   ".".join(map(str, sys.version_info[:2])))
 
+# %% ../../nbs/ops/30f_release.ipynb #070d1427
 def build_release(
     project: Path,  # a checkout
     into: Path,  # folder of the releases, such as dist/
@@ -149,13 +159,8 @@ def build_release(
         if differing := stale(tree):
             raise RefusedError(f"{project}: notebooks and package differ in {', '.join(differing[:5])}; `make export`, commit, "
                                "then build")
-        settings = configparser.ConfigParser(delimiters=["="])
-        settings.read(tree / "settings.ini", encoding="utf-8")
-        version, files = settings["DEFAULT"]["version"], file_digests(made)
-        name = f"{version}-{sha256_bytes(canonical_json([code, files]))[:8]}"
-        release = Release(name, version, commit, int(seconds) * 1000, code, notebooks_digest(made), files["requirements.lock"],
-                          wheel.name, files, ".".join(map(str, sys.version_info[:2])))
-        folder = make_folder(into) / name
+        release = _described(tree, made, commit, int(seconds) * 1000, code, wheel.name)
+        folder = make_folder(into) / release.name
         if folder.is_dir():
             shutil.rmtree(folder)
         shutil.copytree(made, folder)

@@ -34,6 +34,17 @@ __all__ = ['LINKED', 'ROLES', 'install_release', 'prepare_home', 'Installed', 'c
            'switch_release', 'earlier_release']
 
 # %% ../../nbs/ops/30g_releases.ipynb #f9287070
+@contextmanager
+def _whole_or_gone(target: Path) -> Iterator[None]:
+    "A place that is empty at first, and again when the block fails."
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+
+# %% ../../nbs/ops/30g_releases.ipynb #6feee155
 def _fill(target: Path, built: Path, release: Release, pip_options: Sequence[str], packages_of: Path | None) -> None:
     "The packages of the lock and the wheel, into a new environment."
     python, lends = target / "bin" / "python", has_pip()
@@ -50,21 +61,28 @@ def _fill(target: Path, built: Path, release: Release, pip_options: Sequence[str
         run_step("compiling them", [python, "-m", "compileall", "-q", "-x", "site-packages/.*/tests?/", site])
     run_step("installing the package", [*pip, "install", "-q", "--no-deps", "--no-index", "--no-compile", built / release.wheel])
 
+# %% ../../nbs/ops/30g_releases.ipynb #d3a25fda
+def _refuse_unfit(release: Release, packages_of: Path | None) -> None:
+    "Raise `UsageError` when a release cannot be installed by this Python, or from there."
+    if packages_of is not None and not any(packages_of.glob("lib/python*/site-packages")):
+        raise UsageError(f"{packages_of}: no environment with packages there; expected one such as .venv")
+    if release.python != (here := ".".join(map(str, sys.version_info[:2]))):
+        raise UsageError(f"{release.name} was built with Python {release.python}, this is {here}; use the same one")
 
-@contextmanager
-def _whole_or_gone(target: Path) -> Iterator[None]:
-    "A place that is empty at first, and again when the block fails."
-    shutil.rmtree(target, ignore_errors=True)
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
-
-
+# %% ../../nbs/ops/30g_releases.ipynb #f1d73435
 _DIGEST = "from xsmom_nb.compiled import source_digest; print(source_digest())"
 
 
+def _compare_digests(target: Path, release: Release) -> None:
+    "Raise `IntegrityError` when what was installed is not what was built."
+    found = {"code": run_step("asking for the digest", [target / "bin" / "python", "-I", "-c", _DIGEST]).strip(),
+             "notebooks": notebooks_digest(target)}
+    for what, expected in (("code", release.code_digest), ("notebooks", release.notebooks_digest)):
+        if found[what] != expected:
+            raise IntegrityError(f"{target}: the installed {what} is {found[what][:12]}, built was {expected[:12]}; "
+                                 "build it again")
+
+# %% ../../nbs/ops/30g_releases.ipynb #b66e1fb3
 def install_release(
     built: Path,  # folder of a release that was built
     prefix: Path,  # such as /opt/xsmom
@@ -77,10 +95,7 @@ def install_release(
     target = prefix / "releases" / release.name
     if (target / RELEASE_FILE).is_file():
         return target
-    if packages_of is not None and not any(packages_of.glob("lib/python*/site-packages")):
-        raise UsageError(f"{packages_of}: no environment with packages there; expected one such as .venv")
-    if release.python != (here := ".".join(map(str, sys.version_info[:2]))):
-        raise UsageError(f"{release.name} was built with Python {release.python}, this is {here}; use the same one")
+    _refuse_unfit(release, packages_of)
     if wheels is not None:
         check_wheels(built / "requirements.lock", wheels)
     make_folder(target.parent)
@@ -89,12 +104,7 @@ def install_release(
         for name in SHIPPED:
             copy = shutil.copytree if (built / name).is_dir() else shutil.copy
             copy(built / name, target / name)
-        found = {"code": run_step("asking for the digest", [target / "bin" / "python", "-I", "-c", _DIGEST]).strip(),
-                 "notebooks": notebooks_digest(target)}
-        for what, expected in (("code", release.code_digest), ("notebooks", release.notebooks_digest)):
-            if found[what] != expected:
-                raise IntegrityError(f"{target}: the installed {what} is {found[what][:12]}, built was {expected[:12]}; "
-                                     "build it again")
+        _compare_digests(target, release)
         write_atomically(target / RELEASE_FILE, (built / RELEASE_FILE).read_bytes())
     return target
 
@@ -119,7 +129,7 @@ def prepare_home(
                 raise UsageError(f"{home / name}: expected a link to the release or nothing; this is no home for services")
             (home / name).symlink_to(prefix / "current" / name)
 
-# %% ../../nbs/ops/30g_releases.ipynb #c2b88b17
+# %% ../../nbs/ops/30g_releases.ipynb #9a921645
 @dataclass(frozen=True)
 class Installed:
     "An environment under a prefix."
@@ -128,7 +138,7 @@ class Installed:
     release: Release | None  # None: its installation did not finish
     is_current: bool
 
-
+# %% ../../nbs/ops/30g_releases.ipynb #a7de1182
 def current_name(
     prefix: Path,
 ) -> str | None:  # None: none was taken into use yet
@@ -136,7 +146,7 @@ def current_name(
     link = prefix / "current"
     return Path(os.readlink(link)).name if link.is_symlink() else None
 
-
+# %% ../../nbs/ops/30g_releases.ipynb #3045d056
 def installed_releases(
     prefix: Path,
 ) -> list[Installed]:  # ascending by the time of their commit
@@ -148,19 +158,32 @@ def installed_releases(
             found.append(Installed(folder.name, read_release(folder) if whole else None, folder.name == now))
     return sorted(found, key=lambda each: (each.release.committed_ms if each.release else 0, each.name))
 
+# %% ../../nbs/ops/30g_releases.ipynb #9cb71cfd
+def _entries(prefix: Path) -> list[dict[str, Any]]:
+    "All lines of the file beside the releases, as far as they are whole."
+    path = prefix / "releases.jsonl"
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
+# %% ../../nbs/ops/30g_releases.ipynb #ab6407b8
 def switches(
     prefix: Path,
 ) -> list[dict[str, Any]]:  # in their order
     "Every switch that was done."
-    path = prefix / "releases.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [entry for line in lines if (entry := json.loads(line))["action"] == "switched"]
+    return [entry for entry in _entries(prefix) if entry["action"] == "switched"]
 
 # %% ../../nbs/ops/30g_releases.ipynb #6b90b9eb
 ROLES = ("trader", "guard", "watchdog", "schedule")
 
+# %% ../../nbs/ops/30g_releases.ipynb #635de4c3
+def _keep_owner(folder: Path) -> None:
+    "Give lock files to the owner of their folder: what root makes beside the state must stay usable for its owner."
+    if os.geteuid() == 0:
+        owner = folder.stat()
+        for path in folder.glob("*.lock"):
+            os.chown(path, owner.st_uid, owner.st_gid)
 
+# %% ../../nbs/ops/30g_releases.ipynb #941dcedb
 def _holding_all(stack: ExitStack, state: State, release: Release, wait_seconds: float) -> None:
     "Take every role, waiting for those who hold one; raises `RefusedError`."
     until = time.monotonic() + wait_seconds
@@ -173,17 +196,33 @@ def _holding_all(stack: ExitStack, state: State, release: Release, wait_seconds:
                 if time.monotonic() >= until:
                     raise RefusedError(f"no release is switched while somebody works: {error}; or wait with --wait") from error
                 time.sleep(0.2)
-    if state.folder is not None and os.geteuid() == 0:  # what root makes beside the state must stay usable for its owner
-        owner = state.folder.stat()
-        for path in state.folder.glob("*.lock"):
-            os.chown(path, owner.st_uid, owner.st_gid)
+    if state.folder is not None:
+        _keep_owner(state.folder)
 
-
+# %% ../../nbs/ops/30g_releases.ipynb #9927e311
 def _who() -> str:
     "Who does something here."
     return f"{os.environ.get('SUDO_USER') or getpass.getuser()}@{socket.gethostname()}"
 
-# %% ../../nbs/ops/30g_releases.ipynb #635de4c3
+# %% ../../nbs/ops/30g_releases.ipynb #2124a9af
+def _installed_release(name: str, prefix: Path) -> Release:
+    "The description of an installed release; raises `UsageError` with the nearest name."
+    known = {each.name: each.release for each in installed_releases(prefix)}
+    if (release := known.get(name)) is None:
+        hint = nearest_name(name, list(known)) or f"; there are {', '.join(known) or 'none'}"
+        raise UsageError(f"{name!r}: no such installed release under {prefix}{hint}")
+    return release
+
+# %% ../../nbs/ops/30g_releases.ipynb #abdd2649
+def _point_to(prefix: Path, name: str) -> None:
+    "Make `current` lead to a release."
+    fresh = prefix / f".current-{os.getpid()}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(Path("releases") / name)
+    os.replace(fresh, prefix / "current")
+    sync_folder(prefix)
+
+# %% ../../nbs/ops/30g_releases.ipynb #45151c0e
 def switch_release(
     name: str,  # of an installed release
     prefix: Path,
@@ -193,12 +232,7 @@ def switch_release(
     pause: Callable[[str], None] = lambda step: None,  # for tests that end the process at a step
 ) -> str | None:  # what was current before
     "Take a release into use; raises `UsageError` for one that is not installed, `RefusedError` while somebody works."
-    known = {each.name: each for each in installed_releases(prefix)}
-    if name not in known or known[name].release is None:
-        hint = nearest_name(name, list(known)) or f"; there are {', '.join(known) or 'none'}"
-        raise UsageError(f"{name!r}: no such installed release under {prefix}{hint}")
-    release = known[name].release
-    assert release is not None
+    release = _installed_release(name, prefix)
     with ExitStack() as stack:
         stack.enter_context(locked(prefix / "releases.jsonl"))
         if state is not None:
@@ -207,11 +241,7 @@ def switch_release(
         entry = {"time": format_utc(now_ms), "from": before, "to": name, "who": _who(), "commit": release.commit}
         append_line(prefix / "releases.jsonl", canonical_json({**entry, "action": "switching"}))
         pause("before the link")
-        fresh = prefix / f".current-{os.getpid()}"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(Path("releases") / name)
-        os.replace(fresh, prefix / "current")
-        sync_folder(prefix)
+        _point_to(prefix, name)
         pause("after the link")
         append_line(prefix / "releases.jsonl", canonical_json({**entry, "action": "switched"}))
         if state is not None:
@@ -220,13 +250,13 @@ def switch_release(
                 emit(connection, now_ms, "WARNING", "release_switched", text, data=entry)
     return before
 
-
+# %% ../../nbs/ops/30g_releases.ipynb #c329ead3
 def earlier_release(
     prefix: Path,
 ) -> str:
     "The release that was in use before the present one; raises `UsageError` when there is none."
     now = current_name(prefix)
-    found = [entry["from"] for entry in switches(prefix) if entry["to"] == now and entry["from"] not in (None, now)]
+    found = [entry["from"] for entry in _entries(prefix) if entry["to"] == now and entry["from"] not in (None, now)]
     if not found:
         raise UsageError(f"{prefix}: there is no release before {now or 'the first'} to go back to")
     return str(found[-1])

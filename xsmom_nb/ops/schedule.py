@@ -21,7 +21,7 @@ __all__ = ['Result', 'Memory', 'VERSION', 'Running', 'Ended', 'EntryMemory', 'me
 # %% ../../nbs/ops/30b_schedule.ipynb #5a32a7d8
 Result = Literal["done", "failed", "time limit", "interrupted", "stopped", "not started", "unknown"]
 
-
+# %% ../../nbs/ops/30b_schedule.ipynb #356a9e0c
 @dataclass(frozen=True)
 class Running:
     "A run that was started."
@@ -30,7 +30,7 @@ class Running:
     started_ms: int  # UTC ms
     again: bool = False  # it was interrupted before and is made once more
 
-
+# %% ../../nbs/ops/30b_schedule.ipynb #a3e0a3c9
 @dataclass(frozen=True)
 class Ended(Running):
     "A run that is over."
@@ -39,7 +39,7 @@ class Ended(Running):
     result: Result = "done"
     status: int | None = None  # exit status; None: nobody saw it
 
-
+# %% ../../nbs/ops/30b_schedule.ipynb #07c3ca19
 @dataclass(frozen=True)
 class EntryMemory:
     "What is known of an entry."
@@ -61,7 +61,7 @@ def memory_as_json(
     "The memory, as it is kept."
     return {"version": VERSION, "entries": {name: asdict(known) for name, known in memory.items()}}
 
-
+# %% ../../nbs/ops/30b_schedule.ipynb #ea7c8597
 def memory_from_json(
     kept: Any,  # None: nothing was kept
 ) -> dict[str, EntryMemory]:
@@ -86,7 +86,7 @@ class Job:
     slot_ms: int  # the time it stands for, UTC ms
     why: Literal["on time", "waited", "caught up", "again"] = "on time"
 
-
+# %% ../../nbs/ops/30b_schedule.ipynb #a9b2d4c8
 @dataclass(frozen=True)
 class Note:
     "Something that somebody should know; becomes an event."
@@ -97,7 +97,7 @@ class Note:
     text: str
     data: Mapping[str, Any] = field(default_factory=dict)
 
-
+# %% ../../nbs/ops/30b_schedule.ipynb #c1d7d76c
 @dataclass(frozen=True)
 class Look:
     "What is to be done now, and what is known then."
@@ -111,7 +111,14 @@ def _span(first_ms: int, last_ms: int) -> str:
     "Some times in words."
     return format_utc(last_ms) if first_ms == last_ms else f"{format_utc(first_ms)} to {format_utc(last_ms)}"
 
+# %% ../../nbs/ops/30b_schedule.ipynb #cdcc8072
+def _left_out(entry: Entry, known: EntryMemory, span: str) -> str:
+    "Why a new time of an entry is left out, in words."
+    what = "still runs" if known.running else "still waits for its turn"
+    since = known.running.started_ms if known.running else known.waiting_ms or 0
+    return f"{entry.name}: the run of {span} is left out, the one before {what}, since {format_utc(since)}"
 
+# %% ../../nbs/ops/30b_schedule.ipynb #e5ba5ca6
 def _with_new_slot(
     entry: Entry,
     known: EntryMemory,
@@ -124,10 +131,8 @@ def _with_new_slot(
     newest = newest_slot_ms(entry, now_ms)
     data = {"slot_ms": newest}
     if known.running or known.waiting_ms is not None:
-        what = "still runs" if known.running else "still waits for its turn"
-        since = known.running.started_ms if known.running else known.waiting_ms or 0
-        text = f"{entry.name}: the run of {_span(first, newest)} is left out, the one before {what}, since {format_utc(since)}"
-        return replace(known, slot_ms=newest), [Note("WARNING", "schedule_skipped", entry.name, text, data)]
+        note = Note("WARNING", "schedule_skipped", entry.name, _left_out(entry, known, _span(first, newest)), data)
+        return replace(known, slot_ms=newest), [note]
     missed = now_ms - newest > entry.grace_seconds * 1000
     if missed and entry.catch_up == "skip":
         text = f"{entry.name}: missed {_span(first, newest)}; left out, as the schedule says"
@@ -146,7 +151,7 @@ def _why(entry: Entry, known: EntryMemory, is_new: bool, now_ms: int) -> Literal
     late = now_ms - (known.waiting_ms or now_ms) > entry.grace_seconds * 1000
     return ("caught up" if late else "on time") if is_new else "waited"
 
-
+# %% ../../nbs/ops/30b_schedule.ipynb #fb536043
 def due(
     entries: Sequence[Entry],  # those that may run
     memory: Memory,
@@ -169,7 +174,7 @@ def due(
         after[entry.name] = known
     return Look(tuple(jobs), tuple(notes), after)
 
-
+# %% ../../nbs/ops/30b_schedule.ipynb #fec9fcb3
 def next_due_ms(
     entries: Sequence[Entry],
     memory: Memory,
@@ -194,6 +199,30 @@ def ended(
     return {**memory, name: replace(known, running=None, last=last)}
 
 # %% ../../nbs/ops/30b_schedule.ipynb #63e9cdad
+def _interrupted(
+    memory: Memory,
+    name: str,  # of an entry whose run is gone
+    entry: Entry | None,  # None: the schedule has it no more
+    now_ms: int,
+) -> tuple[dict[str, EntryMemory], Note]:
+    "The memory without a run that has died, and what is told of it."
+    run = memory[name].running
+    assert run is not None
+    after = ended(memory, name, now_ms, "interrupted")
+    again = entry is not None and entry.catch_up == "run" and not run.again
+    if again:
+        after[name] = replace(after[name], waiting_ms=run.slot_ms, again=True)
+    text = (f"{name}: the run of {format_utc(run.slot_ms)} was interrupted when the schedule died; "
+            f"{'it is made once more' if again else 'it is not made again'}")
+    return after, Note("WARNING", "schedule_interrupted", name, text, {"slot_ms": run.slot_ms})
+
+# %% ../../nbs/ops/30b_schedule.ipynb #4b2845c9
+def _waited_too_long(entry: Entry, known: EntryMemory, now_ms: int) -> bool:
+    "Whether what waits was missed meanwhile, and is not to be made up for."
+    return known.waiting_ms is not None and entry.catch_up == "skip" and (
+        now_ms - known.waiting_ms > entry.grace_seconds * 1000)
+
+# %% ../../nbs/ops/30b_schedule.ipynb #796c8054
 def recovered(
     entries: Sequence[Entry],
     memory: Memory,
@@ -203,18 +232,13 @@ def recovered(
     "The memory when a schedule comes back, and what was interrupted."
     known_entries, after, notes = {entry.name: entry for entry in entries}, dict(memory), list[Note]()
     for name, known in memory.items():
-        entry, run = known_entries.get(name), known.running
-        if run is not None and name not in alive:
-            after = ended(after, name, now_ms, "interrupted")
-            again = entry is not None and entry.catch_up == "run" and not run.again
-            if again:
-                after[name] = replace(after[name], waiting_ms=run.slot_ms, again=True)
-            text = (f"{name}: the run of {format_utc(run.slot_ms)} was interrupted when the schedule died; "
-                    f"{'it is made once more' if again else 'it is not made again'}")
-            notes.append(Note("WARNING", "schedule_interrupted", name, text, {"slot_ms": run.slot_ms}))
-        elif entry is not None and known.waiting_ms is not None and entry.catch_up == "skip" and (
-                now_ms - known.waiting_ms > entry.grace_seconds * 1000):
+        entry = known_entries.get(name)
+        if known.running is not None and name not in alive:
+            after, note = _interrupted(after, name, entry, now_ms)
+            notes.append(note)
+        elif entry is not None and _waited_too_long(entry, known, now_ms):
             after[name] = replace(known, waiting_ms=None)
-            text = f"{name}: missed {format_utc(known.waiting_ms)} while it waited for its turn; left out, as the schedule says"
+            text = (f"{name}: missed {format_utc(known.waiting_ms or 0)} while it waited for its turn; "
+                    "left out, as the schedule says")
             notes.append(Note("WARNING", "schedule_missed", name, text, {"slot_ms": known.waiting_ms}))
     return after, notes

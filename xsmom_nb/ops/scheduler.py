@@ -52,7 +52,7 @@ class Started(Protocol):
         "The last thing it said."
         ...
 
-
+# %% ../../nbs/ops/30d_scheduler.ipynb #a04b4eb0
 class Launcher(Protocol):
     "Whoever starts runs."
 
@@ -68,7 +68,7 @@ class Launcher(Protocol):
         "How much room there is."
         ...
 
-
+# %% ../../nbs/ops/30d_scheduler.ipynb #03efc7dd
 @dataclass(frozen=True)
 class Processes:
     "Runs as processes in a working tree."
@@ -95,7 +95,7 @@ class Processes:
 MEMORY = "schedule"  # under which the memory is kept in the state
 BEAT_SECONDS = 30.0  # between two heartbeats when nothing happens
 
-
+# %% ../../nbs/ops/30d_scheduler.ipynb #4068d84d
 class Book:
     "What a running schedule knows, and where it writes it down."
 
@@ -112,11 +112,12 @@ class Book:
         self.entries = {entry.name: entry for entry in schedule.entries if entry.name not in self.refused}
         self.memory: dict[str, EntryMemory] = {}
         self.children: dict[str, Started] = {}
+        self.unstarted: dict[str, str] = {}  # written down as running but could not be started, and why
         self.beaten_ms = 0
 
     def is_idle(self) -> bool:
         "Whether nothing runs and nothing waits."
-        return not self.children and not any(known.waiting_ms is not None for known in self.memory.values())
+        return not (self.children or self.unstarted) and not any(known.waiting_ms is not None for known in self.memory.values())
 
     def next_ms(self) -> int | None:  # UTC ms; None when there is nothing to do, ever
         "When something new is due."
@@ -151,21 +152,26 @@ def end_notes(
     elif result == "done" and was in ("failed", "time limit"):
         yield Note("INFO", "schedule_recovered", entry.name, f"{entry.name} is done again, after a run that was not", data)
 
+# %% ../../nbs/ops/30d_scheduler.ipynb #f81d90eb
+def _how_ended(child: Started, status: int | None) -> Result:
+    "The result of a run that is over."
+    words: dict[str, Result] = {"time limit": "time limit", "stopped": "stopped"}
+    return words.get(child.why) or ("unknown" if status is None else "failed" if status else "done")
 
+# %% ../../nbs/ops/30d_scheduler.ipynb #e35dbba0
 def collect(
     book: Book,
     now_ms: int,  # UTC ms
 ) -> None:
     "Book the runs that have ended, and end those that take too long; raises `StateError`."
     memory, notes, over = book.memory, list[Note](), list[str]()
-    words: dict[str, Result] = {"time limit": "time limit", "stopped": "stopped"}
     for name, child in book.children.items():
         has_ended, status = child.poll()
         if not has_ended:
             if child.why or child.is_overdue():
                 child.end(child.why or "time limit")
             continue
-        result: Result = words.get(child.why) or ("unknown" if status is None else "failed" if status else "done")
+        result = _how_ended(child, status)
         before = memory[name].last
         notes += end_notes(book.entries[name], child, result, status, before.result if before else None)
         memory = ended(memory, name, now_ms, result, status)
@@ -175,7 +181,17 @@ def collect(
         for name in over:
             del book.children[name]
 
-# %% ../../nbs/ops/30d_scheduler.ipynb #f81d90eb
+# %% ../../nbs/ops/30d_scheduler.ipynb #2199db08
+def _full_disk(book: Book, job: Job, room_gb: float) -> Note | None:
+    "What is told of a run for which there is no room."
+    own = book.entries[job.name].min_free_gb
+    least = book.schedule.min_free_gb if own is None else own
+    if room_gb >= least:
+        return None
+    text = f"{job.name} is not started: {room_gb:.2f} GB of the disk are free, {least:g} GB are expected; make room"
+    return Note("CRITICAL", "schedule_disk_full", job.name, text, {"free_gb": room_gb})
+
+# %% ../../nbs/ops/30d_scheduler.ipynb #6836cd51
 def start_due(
     book: Book,
     now_ms: int,  # UTC ms
@@ -183,28 +199,26 @@ def start_due(
     "Start what is due, when it is written down; raises `StateError`, and then nothing was started."
     look = due(list(book.entries.values()), book.memory, now_ms)
     memory, notes, jobs = look.memory, list(look.notes), list[Job]()
-    room = book.launcher.free_gb() if look.jobs else 0.0
+    room_gb = book.launcher.free_gb() if look.jobs else 0.0
     for job in look.jobs:
-        own = book.entries[job.name].min_free_gb
-        least = book.schedule.min_free_gb if own is None else own
-        if room < least:
-            memory = ended(memory, job.name, now_ms, "not started")
-            text = f"{job.name} is not started: {room:.2f} GB of the disk are free, {least:g} GB are expected; make room"
-            notes.append(Note("CRITICAL", "schedule_disk_full", job.name, text, {"free_gb": room}))
-        else:
+        if (full := _full_disk(book, job, room_gb)) is None:
             jobs.append(job)
+        else:
+            memory = ended(memory, job.name, now_ms, "not started")
+            notes.append(full)
     if memory != book.memory or notes:
         book.keep(memory, notes, now_ms)
     for job in jobs:
         launch(book, job, now_ms)
+    _book_unstarted(book, now_ms)
 
-
+# %% ../../nbs/ops/30d_scheduler.ipynb #5fe28dc8
 def launch(
     book: Book,
     job: Job,  # written down as running
     now_ms: int,  # UTC ms
 ) -> None:
-    "Start one run, or write down why it could not be."
+    "Start one run, or note why it could not be."
     try:
         child = book.launcher.start(book.entries[job.name], job, now_ms)
         why = "its last run still goes on" if child is None else ""
@@ -213,8 +227,21 @@ def launch(
     if child is not None:
         book.children[job.name] = child
     else:
-        note = Note("ERROR", "schedule_failed", job.name, f"{job.name} could not be started: {why}")
-        book.keep(ended(book.memory, job.name, now_ms, "not started"), [note], now_ms)
+        book.unstarted[job.name] = why
+
+# %% ../../nbs/ops/30d_scheduler.ipynb #12644597
+def _book_unstarted(
+    book: Book,
+    now_ms: int,  # UTC ms
+) -> None:
+    "Write down the runs that could not be started; raises `StateError`, and then they are noted still."
+    memory, notes = book.memory, list[Note]()
+    for name, why in book.unstarted.items():
+        memory = ended(memory, name, now_ms, "not started")
+        notes.append(Note("ERROR", "schedule_failed", name, f"{name} could not be started: {why}"))
+    if notes:
+        book.keep(memory, notes, now_ms)
+        book.unstarted.clear()
 
 # %% ../../nbs/ops/30d_scheduler.ipynb #9406e4d3
 class Scheduler(Book):
@@ -238,6 +265,7 @@ class Scheduler(Book):
     ) -> None:
         "Look once: what has ended, what takes too long, what is due; raises `StateError`."
         now_ms = self.clock.now_ms()
+        _book_unstarted(self, now_ms)
         collect(self, now_ms)
         if starts:
             start_due(self, now_ms)
@@ -267,7 +295,35 @@ class Told:
 # %% ../../nbs/ops/30d_scheduler.ipynb #41e75a86
 LONGEST_SLEEP_SECONDS = 20.0
 
+# %% ../../nbs/ops/30d_scheduler.ipynb #c9f212d4
+def _pause_seconds(scheduler: Scheduler) -> float:
+    "How long nothing can happen."
+    if not scheduler.is_idle():
+        return 0.5
+    next_ms, now_ms = scheduler.next_ms(), scheduler.clock.now_ms()
+    return LONGEST_SLEEP_SECONDS if next_ms is None else min(LONGEST_SLEEP_SECONDS, max(0.05, (next_ms - now_ms) / 1000))
 
+# %% ../../nbs/ops/30d_scheduler.ipynb #878d7f49
+def _end_all(scheduler: Scheduler, say: Callable[[str], None]) -> None:
+    "Wait for what runs, then ask it to end, then insist."
+    patience, said = time.monotonic() + scheduler.schedule.stop_grace_seconds, False
+    if scheduler.children:
+        say(f"waiting for {', '.join(scheduler.children)}, up to {scheduler.schedule.stop_grace_seconds} s")
+    while scheduler.children:
+        if time.monotonic() > patience:
+            for child in scheduler.children.values():
+                child.end("stopped")
+        try:
+            scheduler.step(starts=False)
+        except StateError as error:
+            if all(child.poll()[0] for child in scheduler.children.values()):
+                raise
+            if not said:
+                say(f"the state cannot be written, waiting for {', '.join(scheduler.children)} all the same: {error}")
+            said = True
+        time.sleep(0.1 if scheduler.children else 0)
+
+# %% ../../nbs/ops/30d_scheduler.ipynb #618397c4
 def run_schedule(
     scheduler: Scheduler,  # recovered
     stop: StopRequest,  # set when it is to end
@@ -288,27 +344,6 @@ def run_schedule(
         stop.wait(_pause_seconds(scheduler))
     tell("STOPPING=1")
     _end_all(scheduler, say)
-
-
-def _pause_seconds(scheduler: Scheduler) -> float:
-    "How long nothing can happen."
-    if not scheduler.is_idle():
-        return 0.5
-    next_ms, now_ms = scheduler.next_ms(), scheduler.clock.now_ms()
-    return LONGEST_SLEEP_SECONDS if next_ms is None else min(LONGEST_SLEEP_SECONDS, max(0.05, (next_ms - now_ms) / 1000))
-
-
-def _end_all(scheduler: Scheduler, say: Callable[[str], None]) -> None:
-    "Wait for what runs, then ask it to end, then insist."
-    patience = time.monotonic() + scheduler.schedule.stop_grace_seconds
-    if scheduler.children:
-        say(f"waiting for {', '.join(scheduler.children)}, up to {scheduler.schedule.stop_grace_seconds} s")
-    while scheduler.children:
-        if time.monotonic() > patience:
-            for child in scheduler.children.values():
-                child.end("stopped")
-        scheduler.step(starts=False)
-        time.sleep(0.1 if scheduler.children else 0)
 
 # %% ../../nbs/ops/30d_scheduler.ipynb #620fb80f
 @dataclass
@@ -333,7 +368,7 @@ class Finished:
         "It has said it already."
         return ""
 
-
+# %% ../../nbs/ops/30d_scheduler.ipynb #030ff80c
 @dataclass
 class InProcess:
     "Runs in this process, with the time put into their words."
@@ -359,7 +394,7 @@ class InProcess:
         "How much room there is here."
         return free_bytes(Path.cwd()) / 1e9
 
-
+# %% ../../nbs/ops/30d_scheduler.ipynb #9e959b78
 def simulate_schedule(
     scheduler: Scheduler,  # recovered, with a launcher whose runs end at once
     clock: SimulatedClock,  # its clock

@@ -17,9 +17,6 @@ from ..errors import UsageError
 __all__ = ['LOOPBACK', 'site_server', 'address']
 
 # %% ../../nbs/ops/50f_serve.ipynb #c3e4140e
-LOOPBACK = "127.0.0.1"
-
-
 class _Quiet(SimpleHTTPRequestHandler):
     "Files of one folder, without a line for each request."
 
@@ -31,7 +28,19 @@ class _Quiet(SimpleHTTPRequestHandler):
         self.send_header("Cache-Control", "no-cache")
         super().end_headers()
 
+# %% ../../nbs/ops/50f_serve.ipynb #9f70770a
+LOOPBACK = "127.0.0.1"
 
+
+def _unusable(error: OSError, port: int) -> UsageError | None:
+    "What is wrong with a port, for those errors that an operator can mend."
+    if error.errno == errno.EADDRINUSE:
+        return UsageError(f"port {port}: another program listens there; name another with --port, or --port 0 for a free one")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return UsageError(f"port {port}: this user may not listen there; name one above 1023 with --port")
+    return None
+
+# %% ../../nbs/ops/50f_serve.ipynb #3efef5fa
 def site_server(
     folder: Path,  # of the pages
     port: int,  # 0: a free one
@@ -42,14 +51,11 @@ def site_server(
     try:
         return ThreadingHTTPServer((LOOPBACK, port), partial(_Quiet, directory=str(folder)))
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            remedy = "name another with --port, or --port 0 for a free one"
-            raise UsageError(f"port {port}: another program listens there; {remedy}") from error
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise UsageError(f"port {port}: this user may not listen there; name one above 1023 with --port") from error
+        if (refusal := _unusable(error, port)) is not None:
+            raise refusal from error
         raise
 
-
+# %% ../../nbs/ops/50f_serve.ipynb #d4a9a42c
 def address(
     server: ThreadingHTTPServer,
 ) -> str:

@@ -48,20 +48,6 @@ class StopRequest:
 
 # %% ../../nbs/ops/30c2_stopping.ipynb #39ecec45
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    "What a signal sets that asks this process to end, while the block runs."
-    stop = StopRequest()
-    try:
-        if threading.current_thread() is threading.main_thread():
-            with _set_by_signals(stop):
-                yield stop
-        else:
-            yield stop
-    finally:
-        stop.close()
-
-
-@contextmanager
 def _set_by_signals(stop: StopRequest) -> Iterator[None]:
     "Connect the usual signals, and put back what was connected."
     names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -73,3 +59,17 @@ def _set_by_signals(stop: StopRequest) -> Iterator[None]:
         signal.set_wakeup_fd(woken)
         for name, handler in before.items():
             signal.signal(name, handler)
+
+# %% ../../nbs/ops/30c2_stopping.ipynb #52d34f5b
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    "What a signal sets that asks this process to end, while the block runs."
+    stop = StopRequest()
+    try:
+        if threading.current_thread() is threading.main_thread():
+            with _set_by_signals(stop):
+                yield stop
+        else:
+            yield stop
+    finally:
+        stop.close()

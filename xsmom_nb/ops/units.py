@@ -45,7 +45,7 @@ class Place:
         "What the units start."
         return self.executable or self.prefix / "current" / "bin" / "xsmom"
 
-
+# %% ../../nbs/ops/30e_units.ipynb #5a8bb10e
 Section = Sequence[tuple[str, str]]
 
 
@@ -61,6 +61,8 @@ _EVERYWHERE = (
     ("UMask", "0077"), ("NoNewPrivileges", "yes"), ("LockPersonality", "yes"), ("RestrictRealtime", "yes"),
     ("RestrictSUIDSGID", "yes"), ("SystemCallArchitectures", "native"), ("RestrictAddressFamilies", "AF_INET AF_INET6 AF_UNIX"),
 )  # fmt: skip
+
+# %% ../../nbs/ops/30e_units.ipynb #a76a3d6d
 _OF_ROOT = (
     ("ProtectSystem", "strict"), ("ProtectHome", "yes"), ("PrivateTmp", "yes"), ("PrivateDevices", "yes"),
     ("PrivateUsers", "yes"), ("ProtectKernelTunables", "yes"), ("ProtectKernelModules", "yes"), ("ProtectKernelLogs", "yes"),
@@ -69,7 +71,7 @@ _OF_ROOT = (
     ("SystemCallFilter", "@system-service"), ("SystemCallFilter", "~@privileged"), ("SystemCallErrorNumber", "EPERM"),
 )  # fmt: skip
 
-
+# %% ../../nbs/ops/30e_units.ipynb #d1a47977
 def confinement(
     place: Place,
 ) -> Section:
@@ -95,7 +97,7 @@ def _always(place: Place, what: str, command: str, more: Section, stop_seconds: 
                  ("KillMode", "mixed"), ("TimeoutStopSec", str(stop_seconds)), *confinement(place)],
         Install=[("WantedBy", target)])
 
-
+# %% ../../nbs/ops/30e_units.ipynb #3705f89b
 def schedule_unit(
     schedule: Schedule,
     place: Place,
@@ -104,7 +106,7 @@ def schedule_unit(
     watched = [("Type", "notify"), ("NotifyAccess", "main"), ("WatchdogSec", "120"), ("TimeoutStartSec", "300")]
     return _always(place, "xsmom: the schedule", "schedule run", watched, schedule.stop_grace_seconds + 60)
 
-
+# %% ../../nbs/ops/30e_units.ipynb #26df9011
 def service_unit(
     service: Service,
     place: Place,
@@ -133,24 +135,27 @@ def entry_units(
                       Install=[("WantedBy", "timers.target")])
     return {f"{name}.service": service, f"{name}.timer": timer}
 
+# %% ../../nbs/ops/30e_units.ipynb #e6137717
+def _beside(schedule: Schedule, place: Place) -> dict[str, str]:
+    "The services that run all the time."
+    return {f"xsmom-{each.name}.service": service_unit(each, place) for each in schedule.services if each.enabled}
+
 
 def schedule_units(
     schedule: Schedule,
     place: Place,
 ) -> dict[str, str]:  # text by name of the unit
     "One service that runs the schedule, and the services beside it."
-    beside = {f"xsmom-{each.name}.service": service_unit(each, place) for each in schedule.services if each.enabled}
-    return {"xsmom-schedule.service": schedule_unit(schedule, place), **beside}
+    return {"xsmom-schedule.service": schedule_unit(schedule, place), **_beside(schedule, place)}
 
-
+# %% ../../nbs/ops/30e_units.ipynb #7cd36484
 def timer_units(
     schedule: Schedule,
     place: Place,
 ) -> dict[str, str]:  # text by name of the unit
     "A service and a timer for each entry, and the services beside them."
     pairs = {name: text for entry in schedule.entries if entry.enabled for name, text in entry_units(entry, place).items()}
-    beside = {f"xsmom-{each.name}.service": service_unit(each, place) for each in schedule.services if each.enabled}
-    return {**pairs, **beside}
+    return {**pairs, **_beside(schedule, place)}
 
 # %% ../../nbs/ops/30e_units.ipynb #9801454c
 def write_units(

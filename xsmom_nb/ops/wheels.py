@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Locked:
     def __str__(self) -> str:
         return f"{self.name}=={self.version}"
 
-
+# %% ../../nbs/ops/30fa_wheels.ipynb #3548be7c
 def locked_packages(
     lock: Path,  # requirements.lock
 ) -> list[Locked]:  # those that this Python on this machine needs
@@ -53,11 +53,6 @@ def locked_packages(
     return found
 
 # %% ../../nbs/ops/30fa_wheels.ipynb #65ca2425
-def _shown(names: Sequence[str]) -> str:
-    "Some names for people."
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def usable_wheels(
     folder: Path,
 ) -> dict[tuple[str, str], list[Path]]:  # by the name of the package and its version
@@ -75,7 +70,25 @@ def usable_wheels(
             found.setdefault((name, str(version)), []).append(path)
     return found
 
+# %% ../../nbs/ops/30fa_wheels.ipynb #bcd9e8fa
+def _shown(names: Sequence[str]) -> str:
+    "Some names for people."
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
+# %% ../../nbs/ops/30fa_wheels.ipynb #1dc97b20
+def _refuse_changed(
+    folder: Path,
+    wanted: Sequence[Locked],
+    files: Mapping[str, Sequence[Path]],  # the usable wheels of each, by name and version
+) -> None:
+    "Raise `IntegrityError` naming the files whose digest the lock does not have."
+    known = {path: sha256_file(path) for paths in files.values() for path in paths}
+    if changed := [f"{path.name} (SHA-256 {known[path][:12]}…)" for each in wanted for path in files[str(each)]
+                   if known[path] not in each.hashes]:
+        raise IntegrityError(f"{folder}: {_shown(changed)}: not what the lock names; nothing was installed. Delete it, fetch it "
+                             "again with `xsmom release wheels`, and find out what changed it")
+
+# %% ../../nbs/ops/30fa_wheels.ipynb #1ccfca19
 def check_wheels(
     lock: Path,  # requirements.lock
     folder: Path,  # of wheels
@@ -85,11 +98,7 @@ def check_wheels(
         raise UsageError(f"{folder}: no such folder; expected one with wheels, as `xsmom release wheels` fills it")
     there, wanted = usable_wheels(folder), locked_packages(lock)
     files = {str(each): there.get((each.name, each.version), []) for each in wanted}
-    known = {path: sha256_file(path) for paths in files.values() for path in paths}
-    if changed := [f"{path.name} (SHA-256 {known[path][:12]}…)" for each in wanted for path in files[str(each)]
-                   if known[path] not in each.hashes]:
-        raise IntegrityError(f"{folder}: {_shown(changed)}: not what the lock names; nothing was installed. Delete it, fetch it "
-                             "again with `xsmom release wheels`, and find out what changed it")
+    _refuse_changed(folder, wanted, files)
     if missing := [name for name, paths in files.items() if not paths]:
         system = f"Python {'.'.join(platform.python_version_tuple()[:2])} on {platform.system()} {platform.machine()}"
         count = f"{len(missing)} of {len(wanted)}"
@@ -97,7 +106,7 @@ def check_wheels(
                          "Gather them with `xsmom release wheels` on such a machine with a network")
     return [paths[0] for paths in files.values()]
 
-# %% ../../nbs/ops/30fa_wheels.ipynb #2e3cd963
+# %% ../../nbs/ops/30fa_wheels.ipynb #e0308097
 def run_step(
     step: str,  # what is done, as in "installing the package"
     command: Sequence[str | Path],
@@ -110,15 +119,15 @@ def run_step(
         raise RunError(f"{step} failed: {(done.stderr or done.stdout).strip()[-800:]}")
     return done.stdout
 
-
+# %% ../../nbs/ops/30fa_wheels.ipynb #2e3cd963
 def has_pip() -> bool:
     "Whether this environment can install into another."
     return importlib.util.find_spec("pip") is not None
 
-
+# %% ../../nbs/ops/30fa_wheels.ipynb #f1ed9d02
 LOCKED_ONLY = ("--no-deps", "--require-hashes", "--only-binary", ":all:")  # the lock, the whole lock, and nothing but the lock
 
-
+# %% ../../nbs/ops/30fa_wheels.ipynb #d05a41eb
 def gather_wheels(
     lock: Path,  # requirements.lock
     into: Path,  # folder of the wheels; what is there and right stays
@@ -131,7 +140,7 @@ def gather_wheels(
     run_step("fetching the wheels", [*pip, *pip_options])
     return check_wheels(lock, into)
 
-
+# %% ../../nbs/ops/30fa_wheels.ipynb #d31c8a77
 def offline(
     folder: Path,  # of wheels
 ) -> tuple[str, ...]:  # for pip

@@ -20,10 +20,6 @@ from ..files import write_atomically
 __all__ = ['NOTE', 'EVERY_SECONDS', 'Counts', 'in_minutes', 'tell_progress', 'read_note', 'followed']
 
 # %% ../../nbs/runs/00e2_progress.ipynb #c845ca1b
-NOTE = "XSMOM_PROGRESS"  # the variable that names the file
-EVERY_SECONDS = 0.5  # at most
-
-
 class Counts(Protocol):
     "How far a piece of work is, and the best it has found."
 
@@ -31,12 +27,28 @@ class Counts(Protocol):
     total: int
     best: float
 
-
+# %% ../../nbs/runs/00e2_progress.ipynb #650939c3
 def in_minutes(seconds: float) -> str:
     "A duration as a person reads it."
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
+# %% ../../nbs/runs/00e2_progress.ipynb #2d2d7e78
+def _note_text(
+    piece: str,  # its name, as a person reads it
+    counts: Counts,
+    share: float,  # of the whole that is done, 0 to 1
+    elapsed: float,  # seconds
+) -> str:
+    "What is noted, in words."
+    left = elapsed * (1.0 - share) / share if share > 0.0 else float("nan")
+    remaining = f", {in_minutes(left)} left" if left == left else ""
+    return f"{piece}: {counts.done} of {counts.total}, best {counts.best:.3g}{remaining}"
 
+# %% ../../nbs/runs/00e2_progress.ipynb #fb6fbb1a
+NOTE = "XSMOM_PROGRESS"  # the variable that names the file
+EVERY_SECONDS = 0.5  # at most
+
+# %% ../../nbs/runs/00e2_progress.ipynb #8039aeef
 def tell_progress(
     name: str,  # of the whole, which its pieces are named after
     pieces: int,  # how many there are
@@ -53,24 +65,22 @@ def tell_progress(
             return
         written[0] = clock()
         share = (len(seen) - 1 + counts.done / max(counts.total, 1)) / pieces
-        left = (clock() - began) * (1.0 - share) / share if share > 0.0 else float("nan")
-        remaining = f", {in_minutes(left)} left" if left == left else ""
-        text = f"{piece.removeprefix(name + '-')}: {counts.done} of {counts.total}, best {counts.best:.3g}{remaining}"
+        text = _note_text(piece.removeprefix(name + "-"), counts, share, clock() - began)
         write_atomically(Path(path), json.dumps({"text": text, "share": share}).encode())
 
     return tell
 
-# %% ../../nbs/runs/00e2_progress.ipynb #2d2d7e78
+# %% ../../nbs/runs/00e2_progress.ipynb #adbfe3ac
 def read_note(
     path: Path,
 ) -> str:  # empty where there is none
     "The latest note."
     try:
         return str(json.loads(path.read_bytes())["text"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
 
-
+# %% ../../nbs/runs/00e2_progress.ipynb #145f4bbe
 @contextmanager
 def followed(
     path: Path,  # of the note
