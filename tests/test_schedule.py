@@ -452,6 +452,21 @@ def test_a_paper_account_trades_under_the_schedule(tree, root, monkeypatch):
     assert status["traded"]
     assert status["time_ms"] == parse_utc("2024-02-01T10:01")
     assert not (tree / "state" / "paper.sqlite").exists()
+    process = subprocess.Popen([XSMOM, "schedule", "run", "--simulated", "--hours", "100", "--account", "mine"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert "live" in process.stdout.readline()
+        second = CliRunner().invoke(app, ["schedule", "run", "--simulated", "--account", "mine"])
+        assert (second.exit_code, f"process {process.pid}" in second.stderr) == (3, True)
+        process.send_signal(signal.SIGINT)  # as Ctrl-C, in whatever run it is by now
+        said, why = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1
+    ends = r"the simulation ends there: .*(interrupted by SIGINT|interrupted$)|told to end before its last hour"
+    assert re.search(ends, why, re.MULTILINE), why
+    assert said.count(" live ") < 20
     lost = CliRunner().invoke(app, ["schedule", "run", "--simulated", "--start", "2030-01-01T00:01", "--account", "late"])
     assert lost.exit_code == 2
     assert "ask for fewer, choose another --start" in lost.stderr

@@ -3508,6 +3508,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'xsmom_nb.ops.scheduler._end_all': ('ops/scheduler.html#_end_all', 'xsmom_nb/ops/scheduler.py'),
                                         'xsmom_nb.ops.scheduler._full_disk': ('ops/scheduler.html#_full_disk', 'xsmom_nb/ops/scheduler.py'),
                                         'xsmom_nb.ops.scheduler._how_ended': ('ops/scheduler.html#_how_ended', 'xsmom_nb/ops/scheduler.py'),
+                                        'xsmom_nb.ops.scheduler._is_news': ('ops/scheduler.html#_is_news', 'xsmom_nb/ops/scheduler.py'),
                                         'xsmom_nb.ops.scheduler._pause_seconds': ( 'ops/scheduler.html#_pause_seconds',
                                                                                    'xsmom_nb/ops/scheduler.py'),
                                         'xsmom_nb.ops.scheduler.collect': ('ops/scheduler.html#collect', 'xsmom_nb/ops/scheduler.py'),

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from xsmom_nb.ops.entries import Entry, Schedule
     from xsmom_nb.ops.schedule import EntryMemory
     from xsmom_nb.ops.scheduler import InProcess
+    from xsmom_nb.ops.stopping import StopRequest
     from xsmom_nb.ops.units import Place
     from xsmom_nb.state import State
 
@@ -213,7 +213,7 @@ def last_line(path: Path) -> str:
 def called_by(
     context: typer.Context,  # of the running command
     log: Path,  # for the output
-    stop: threading.Event,  # set when the trader fails
+    stop: StopRequest,  # set when the trader fails
 ) -> Callable[[list[str]], int]:
     "A function that calls another command of this program."
     root = context.find_root().command
@@ -299,7 +299,7 @@ def _times_of(own: Config, calendar: Panel, project: Path, start: str | None, ho
     return simulated_times(own, calendar, hours, parse_utc(start) if start else None, reached)
 
 # %% ../nbs/95k_cli_schedule.ipynb #011cfcb6
-def _simulate(schedule: Schedule, state: State, launcher: InProcess, span_ms: tuple[int, int], stop: threading.Event) -> None:
+def _simulate(schedule: Schedule, state: State, launcher: InProcess, span_ms: tuple[int, int], stop: StopRequest) -> None:
     "Let a schedule run over a span of simulated time, UTC ms."
     from xsmom_nb.clock import SimulatedClock
     from xsmom_nb.ops.scheduler import Scheduler, simulate_schedule
@@ -311,12 +311,14 @@ def _simulate(schedule: Schedule, state: State, launcher: InProcess, span_ms: tu
 
 # %% ../nbs/95k_cli_schedule.ipynb #d87cae99
 def _refuse_failures(launcher: InProcess, has_stopped: bool, log: Path) -> None:
-    "Raise `RunError` when a run has failed."
+    "Raise `RunError` when a run has failed, or the simulation was ended before its time."
     from xsmom_nb.clock import format_utc
 
     if failed := [f"{name} at {format_utc(time_ms)}" for name, time_ms, _, status in launcher.took if status]:
         ends = f", and the simulation ends there: {last_line(log)}" if has_stopped else ""
         raise RunError(f"{', '.join(failed)} failed{ends}; all output is in {log}")
+    if has_stopped:
+        raise RunError("the simulation was told to end before its last hour; the same command without --start goes on")
 
 # %% ../nbs/95k_cli_schedule.ipynb #bdc62446
 def simulate_here(
@@ -331,23 +333,23 @@ def simulate_here(
     "Let a simulated account trade under a schedule, over recorded hours; raises `RunError` when a run fails."
     from xsmom_nb.clock import timeframe_ms
     from xsmom_nb.ops.scheduler import InProcess
+    from xsmom_nb.ops.stopping import stop_on_signals
     from xsmom_nb.runs.execute import find_project
     from xsmom_nb.runs.rehearsal import account_config
 
     project, config = find_project(), config_in_force()()
     own, (_, calendar) = account_config(config, account), recording_of(config, None, None)
     step_ms, times_ms = timeframe_ms(calendar.timeframe), _times_of(own, calendar, project, start, hours, fresh)
-    log, stop = project / config.logging.directory / "schedule" / f"simulated-{account}.log", threading.Event()
-    launcher = InProcess(called_by(context, log, stop), words_at(account, config.live.rebalance_minute, step_ms),
-                         (lambda *run: None) if as_json else _say_of)
-    chosen = for_simulation(schedule)
+    log, chosen = project / config.logging.directory / "schedule" / f"simulated-{account}.log", for_simulation(schedule)
     left_out = [entry.name for entry in schedule.entries if entry.name not in {each.name for each in chosen.entries}]
-    with _simulated_state(account, project) as state:
+    with stop_on_signals() as stop, _simulated_state(account, project) as state:
+        launcher = InProcess(called_by(context, log, stop), words_at(account, config.live.rebalance_minute, step_ms),
+                             (lambda *run: None) if as_json else _say_of)
         if fresh:
             _begin_anew(account, project, state)
         _simulate(chosen, state, launcher, (times_ms[0], times_ms[-1] + step_ms), stop)
-    print_simulated(launcher, account, left_out, log, as_json)
-    _refuse_failures(launcher, stop.is_set(), log)
+        print_simulated(launcher, account, left_out, log, as_json)
+        _refuse_failures(launcher, stop.is_set(), log)
 
 # %% ../nbs/95k_cli_schedule.ipynb #93827b35
 OnceOption = Annotated[bool, typer.Option("--once", help="Start what is due now, wait for it, and end.")]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from ..files import free_bytes
 from .entries import Entry, Schedule
 from .jobs import LOCKS, Child, found_child, prune_logs, start_child, still_running
 from .schedule import (
-    EntryMemory, Job, Note, Result, due, ended, memory_as_json, memory_from_json, next_due_ms, recovered)
+    Ended, EntryMemory, Job, Note, Result, due, ended, memory_as_json, memory_from_json, next_due_ms, recovered)
 from .stopping import StopRequest
 from ..outbox import beat, emit
 from ..state import State, load_memory, save_memory
@@ -134,22 +133,35 @@ class Book:
         self.memory, self.beaten_ms = memory, now_ms
 
 # %% ../../nbs/ops/30d_scheduler.ipynb #35cf4cda
+_HOUR_MS = 3_600_000
+
+
+def _is_news(
+    result: Result,
+    before: Ended | None,  # how the run before it ended
+    now_ms: int,  # UTC ms
+) -> bool:
+    "Whether the end of a run is another than the one before, or the first of it in this hour."
+    return before is None or before.result != result or before.ended_ms // _HOUR_MS != now_ms // _HOUR_MS
+
+# %% ../../nbs/ops/30d_scheduler.ipynb #f2c3404d
 def end_notes(
     entry: Entry,
     child: Started,
     result: Result,
     status: int | None,  # exit status
-    was: Result | None,  # how the run before it ended
+    before: Ended | None,  # how the run before it ended
+    now_ms: int,  # UTC ms
 ) -> Iterable[Note]:
     "What is told of the end of a run."
     data = {"result": result, "status": status}
-    if result == "failed":
+    if result == "failed" and _is_news(result, before, now_ms):
         said = f": {line}" if (line := child.last_line()) else ""
         yield Note("ERROR", "schedule_failed", entry.name, f"{entry.name} failed with exit status {status}{said}", data)
-    elif result == "time limit":
+    elif result == "time limit" and _is_news(result, before, now_ms):
         text = f"{entry.name} was ended: it took longer than its time limit of {entry.time_limit_seconds} s"
         yield Note("ERROR", "schedule_time_limit", entry.name, text, data)
-    elif result == "done" and was in ("failed", "time limit"):
+    elif result == "done" and before is not None and before.result in ("failed", "time limit"):
         yield Note("INFO", "schedule_recovered", entry.name, f"{entry.name} is done again, after a run that was not", data)
 
 # %% ../../nbs/ops/30d_scheduler.ipynb #f81d90eb
@@ -172,8 +184,7 @@ def collect(
                 child.end(child.why or "time limit")
             continue
         result = _how_ended(child, status)
-        before = memory[name].last
-        notes += end_notes(book.entries[name], child, result, status, before.result if before else None)
+        notes += end_notes(book.entries[name], child, result, status, memory[name].last, now_ms)
         memory = ended(memory, name, now_ms, result, status)
         over.append(name)
     if over:
@@ -399,7 +410,7 @@ def simulate_schedule(
     scheduler: Scheduler,  # recovered, with a launcher whose runs end at once
     clock: SimulatedClock,  # its clock
     until_ms: int,  # the last time that is taken, UTC ms
-    stop: threading.Event,  # set when it is to end before
+    stop: StopRequest,  # set when it is to end before
 ) -> None:
     "Take all times up to one, as fast as the runs allow."
     scheduler.step()

@@ -20,19 +20,17 @@ class StopRequest:
     "Whether this process is asked to end; safe to set in a signal handler."
 
     def __init__(self) -> None:
-        self._is_set = False
         self._reader, self.writer = socket.socketpair()  # a byte that waits in the reader means: asked
         self.writer.setblocking(False)
 
     def set(self) -> None:
         "Ask."
-        self._is_set = True
         with suppress(BlockingIOError):  # thousands have asked, and nobody reads
             self.writer.send(b"\0")
 
     def is_set(self) -> bool:
         "Whether anybody has asked."
-        return self._is_set
+        return bool(select.select([self._reader], [], [], 0)[0])
 
     def wait(
         self,
