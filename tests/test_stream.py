@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -364,11 +367,16 @@ def test_what_the_exchange_refuses_ends_the_feed(desk):
 
 
 # ── From outside ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def words(desk, folder, *options):
+    "What stands behind `xsmom` to stream from the simulator."
+    address = f"exchange.mode_urls.simulator={json.dumps(desk.url)}"
+    return ["stream", "--config", "defaults", "--set", 'live.mode="simulator"', "--set", address,
+            "--set", f"logging.directory={json.dumps(str(folder / 'logs'))}", "--data", str(folder), "--dataset", "streamed",
+            "--start", format_utc(int(desk.panel.open_time_ms[FIRST - 10])), *options]
+
+
 def streamed(desk, folder, *options, hours=0):
     "`xsmom stream` from the simulator, where so many hours pass as soon as somebody listens."
-    address = f"exchange.mode_urls.simulator={json.dumps(desk.url)}"
-    start = format_utc(int(desk.panel.open_time_ms[FIRST - 10]))
-
     def pass_hours():
         deadline = time.monotonic() + 60.0
         while len(desk.simulator.hub.topics) < len(SYMBOLS) and time.monotonic() < deadline:
@@ -378,9 +386,7 @@ def streamed(desk, folder, *options, hours=0):
 
     with ThreadPoolExecutor(1) as pool:
         passing = pool.submit(pass_hours) if hours else None
-        done = CliRunner().invoke(app, ["stream", "--config", "defaults", "--set", 'live.mode="simulator"', "--set", address,
-                                        "--set", f"logging.directory={json.dumps(str(folder / 'logs'))}",
-                                        "--data", str(folder), "--dataset", "streamed", "--start", start, *options])
+        done = CliRunner().invoke(app, words(desk, folder, *options))
         if passing:
             passing.result()
     return done
@@ -402,6 +408,23 @@ def test_the_command_keeps_a_store_current(desk, tmp_path):
     assert {line["process"] for line in lines} == {"stream"}
     assert [line["event"] for line in lines if line["event"] != "line"] == ["streaming", "ended"] * 2
     assert sum(": connection 1, " in line.get("said", "") for line in lines) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stream_that_is_told_to_end_ends_in_order(desk, tmp_path, number):
+    command = [sys.executable, "-c", "from xsmom_nb.cli import app; app()", *words(desk, tmp_path, "--symbol", "BTCUSDT")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while "connection 1, " not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+        said = process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, said.splitlines()[-1][:25]) == (0, "ended; the store is whole")
+    lines = [json.loads(line) for path in (tmp_path / "logs").iterdir() for line in path.read_text().splitlines()]
+    assert [line["event"] for line in lines if line["event"] != "line"] == ["streaming", "ended"]
 
 
 def test_the_command_refuses_an_address_elsewhere_and_a_topic_that_is_none(desk, tmp_path):

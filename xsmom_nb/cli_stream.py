@@ -79,6 +79,7 @@ def keep_current(
     start_ms: int | None = None,  # from when on bars are wanted; None: from the first stored one, or two years back
     bars: int | None = None,  # of the stream, for each symbol, after which it is enough; None: for ever
     quiet: bool = False,  # say nothing on the way
+    is_over: Callable[[], bool] = lambda: False,  # asked often: whether somebody wants it to end
 ) -> BarKeeper:  # with what it counted
     "Listen, and keep a store current; raises `DataError` where the exchange refuses."
     import asyncio
@@ -97,8 +98,9 @@ def keep_current(
     client = open_stream(config, clock)
     channel = public_channel(client, keeper.topics())
     log.info("streaming", symbols=len(symbols), timeframe=timeframe, store=str(store.root / store.dataset))
+    has_enough = _enough(keeper, witness.got, bars)
     try:
-        asyncio.run(follow(client, [(channel, keeper)], witness.said, _enough(keeper, witness.got, bars)))
+        asyncio.run(follow(client, [(channel, keeper)], witness.said, lambda: is_over() or has_enough()))
     finally:
         log.info("ended", streamed=keeper.streamed, repaired=keeper.repaired)
     return keeper
@@ -127,17 +129,18 @@ def stream(
     "Keep the store current from the exchange's stream, and fill its holes."
     from xsmom_nb.clock import parse_utc
     from xsmom_nb.logs import day_log, opened
+    from xsmom_nb.ops.stopping import stop_on_signals
     from xsmom_nb.runs.execute import find_project
 
     effective = effective_config(config, settings)
     store, length = import_target(effective, data, dataset), timeframe or effective.exchange.timeframe
     symbols = streamed_symbols(effective, store, length, symbol)
-    try:
-        with opened(day_log(effective.logging, find_project())):
-            keeper = keep_current(effective, store, symbols, length, parse_utc(start) if start else None, bars, as_json)
-    except KeyboardInterrupt:
-        typer.echo("ended; the store is whole, and the next start asks for what comes meanwhile", err=True)
-        return
+    with stop_on_signals() as stop, opened(day_log(effective.logging, find_project())):
+        start_ms = parse_utc(start) if start else None
+        keeper = keep_current(effective, store, symbols, length, start_ms, bars, as_json, stop.is_set)
+        if stop.is_set():
+            typer.echo("ended; the store is whole, and the next start asks for what comes meanwhile", err=True)
+            return
     facts = {"path": str(store.root / store.dataset / length), "symbols": len(symbols), "streamed": keeper.streamed,
              "repaired": keeper.repaired}
     if as_json:
