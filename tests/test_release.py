@@ -77,6 +77,14 @@ def test_what_is_built_is_this_tree(built, root):
     assert (folder / release.wheel).is_file()
 
 
+def test_all_of_it_is_compiled(built, place):
+    "Services run as somebody who may not write there."
+    (package,) = (place[0] / "releases" / built[0].name).glob("lib/python*/site-packages/xsmom_nb")
+    sources = {path.relative_to(package) for path in package.rglob("*.py")}
+    compiled = {path.parent.parent.relative_to(package) / f"{path.name.split('.')[0]}.py" for path in package.rglob("*.pyc")}
+    assert sources == compiled
+
+
 def test_it_works_at_home_without_the_checkout(built, place):
     release, (prefix, home) = built[0], place
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("XSMOM_", "PYTHONPATH"))}

@@ -59,7 +59,7 @@ def _fill(target: Path, built: Path, release: Release, pip_options: Sequence[str
         run_step("installing the locked packages", [*pip, "install", "-q", *LOCKED_ONLY, "--no-compile",
                                                     "-r", built / "requirements.lock", *pip_options])
         run_step("compiling them", [python, "-m", "compileall", "-q", "-x", "site-packages/.*/tests?/", site])
-    run_step("installing the package", [*pip, "install", "-q", "--no-deps", "--no-index", "--no-compile", built / release.wheel])
+    run_step("installing the package", [*pip, "install", "-q", "--no-deps", "--no-index", built / release.wheel])
 
 # %% ../../nbs/ops/30g_releases.ipynb #d3a25fda
 def _refuse_unfit(release: Release, packages_of: Path | None) -> None:
