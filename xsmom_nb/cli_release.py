@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['app', 'PrefixOption', 'HomeOption', 'PipOption', 'PREFIX', 'HOME', 'release_facts', 'build', 'gather', 'install',
-           'state_of_home', 'switch', 'show']
+           'state_of_home', 'switch', 'show', 'remove']
 
 # %% ../nbs/95k2_cli_release.ipynb #55782861
 app = new_app("What services run: build, install, switch.")
@@ -171,7 +171,7 @@ def _print_releases(found: list[Installed], root: Path) -> None:
                  for each in found if each.release])
     for each in found:
         if each.release is None:
-            warn(f"{each.name}: its installation did not finish; install it again, or remove {root / 'releases' / each.name}")
+            warn(f"{each.name}: its installation did not finish; install it again, or `xsmom release remove {each.name}`")
 
 # %% ../nbs/95k2_cli_release.ipynb #94d2820a
 @app.command("list", epilog=examples("xsmom release list", "xsmom release list --prefix ~/xsmom --json"))
@@ -193,3 +193,15 @@ def show(prefix: PrefixOption = PREFIX, as_json: JsonOption = False) -> None:
         typer.echo("")
         print_table(["time", "from", "to", "who"],
                     [[line["time"], line["from"] or "-", line["to"], line["who"]] for line in done])
+
+# %% ../nbs/95k2_cli_release.ipynb #87bebd07
+@app.command("remove", epilog=examples("sudo xsmom release remove 0.1.0-00000000"))
+def remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An installed release, or what is left of one.")],
+    prefix: PrefixOption = PREFIX,
+) -> None:
+    "Delete a release; refused (exit status 3) for the one in use, the way back, and one that still runs."
+    from xsmom_nb.ops.releases import remove_release
+
+    remove_release(name, Path(prefix).expanduser().absolute())
+    typer.echo(f"{name} is removed")

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ..state import State
 
 # %% auto #0
 __all__ = ['LINKED', 'ROLES', 'install_release', 'prepare_home', 'Installed', 'current_name', 'installed_releases', 'switches',
-           'switch_release', 'earlier_release']
+           'switch_release', 'earlier_release', 'remove_release']
 
 # %% ../../nbs/ops/30g_releases.ipynb #f9287070
 @contextmanager
@@ -256,7 +256,48 @@ def earlier_release(
 ) -> str:
     "The release that was in use before the present one; raises `UsageError` when there is none."
     now = current_name(prefix)
-    found = [entry["from"] for entry in _entries(prefix) if entry["to"] == now and entry["from"] not in (None, now)]
+    found = [entry["from"] for entry in _entries(prefix) if entry.get("to") == now and entry["from"] not in (None, now)]
     if not found:
         raise UsageError(f"{prefix}: there is no release before {now or 'the first'} to go back to")
     return str(found[-1])
+
+# %% ../../nbs/ops/30g_releases.ipynb #c660718f
+def _processes_of(folder: Path) -> list[int]:  # pids, ascending
+    "The processes that were started from an environment, on a Linux host; none elsewhere."
+    inside, found = f"{folder}/".encode(), list[int]()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # gone meanwhile
+            if any(word.startswith(inside) for word in path.read_bytes().split(b"\0")):
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+# %% ../../nbs/ops/30g_releases.ipynb #0b76531e
+def _refuse_needed(name: str, prefix: Path) -> None:
+    "Raise `RefusedError` for a release that somebody needs."
+    now = current_name(prefix)
+    if name == now:
+        raise RefusedError(f"{name} is in use; switch to another one first")
+    if any(entry["to"] == now for entry in switches(prefix)) and name == earlier_release(prefix):
+        raise RefusedError(f"{name} is the way back from {now} (`xsmom release switch --back`); it can go after the next switch")
+    if pids := _processes_of(prefix / "releases" / name):
+        raise RefusedError(f"{name} still runs, as process {', '.join(map(str, pids))}; end it first")
+
+# %% ../../nbs/ops/30g_releases.ipynb #e0e8626e
+def remove_release(
+    name: str,  # of something installed, whole or not
+    prefix: Path,
+    clock: Clock | None = None,  # None: the system's
+) -> None:
+    "Delete a release; raises `UsageError` for one that is not there, `RefusedError` for one that somebody needs."
+    with locked(prefix / "releases.jsonl"):
+        known = [each.name for each in installed_releases(prefix)]
+        if name not in known:
+            there = ", ".join(known) or "none"
+            raise UsageError(f"{name!r}: nothing of this name is installed under {prefix}; there are {there}")
+        _refuse_needed(name, prefix)
+        leaving = prefix / f".leaving-{name}"
+        os.replace(prefix / "releases" / name, leaving)
+        now = format_utc((clock or SystemClock()).now_ms())
+        append_line(prefix / "releases.jsonl", canonical_json({"action": "removed", "name": name, "time": now, "who": _who()}))
+    for path in prefix.glob(".leaving-*"):  # also what an interrupted deletion has left
+        shutil.rmtree(path)
