@@ -105,6 +105,11 @@ def test_a_setting_has_an_address(base, browser):
         entry = page.locator("[id='confval-strategy.kappa']")
         assert 0 <= entry.bounding_box()["y"] < DESKTOP["height"]
         assert "a number from 0" in entry.locator("xpath=following-sibling::dd").first.inner_text()
+        for name in ("quickstart", "howto/rollback"):  # the pages only name it, and it is a link
+            page.goto(f"{base}{name}.html")
+            article = page.locator("article")
+            assert "confval" not in article.inner_text()
+            assert article.locator("a[href*='reference/config.html#confval-']").count() > 0
     assert trouble == []
 
 

@@ -190,7 +190,8 @@ class Crossing:
 def _crossed(crossing: Crossing, source: str, found: re.Match[str]) -> str:
     "A piece of code, or a link, as the site needs it."
     if code := found["code"]:
-        return f"{{confval}}{code}" if code.strip("`") in crossing.settings and code.count("`") == 2 else code
+        is_setting = code.strip("`") in crossing.settings and code.count("`") == 2
+        return f"{{confval}}{code}" if is_setting and found.string[found.start() - 1 : found.start()] != "}" else code
     target = crossing.target(source, found["target"])
     return found["text"] if target is None else f"[{found['text']}]({target})"
 
