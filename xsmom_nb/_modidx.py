@@ -4167,6 +4167,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'xsmom_nb/optimizer/worker.py'),
                                            'xsmom_nb.optimizer.worker.Share': ( 'optimizer/worker.html#share',
                                                                                 'xsmom_nb/optimizer/worker.py'),
+                                           'xsmom_nb.optimizer.worker._begun': ( 'optimizer/worker.html#_begun',
+                                                                                 'xsmom_nb/optimizer/worker.py'),
                                            'xsmom_nb.optimizer.worker._facts': ( 'optimizer/worker.html#_facts',
                                                                                  'xsmom_nb/optimizer/worker.py'),
                                            'xsmom_nb.optimizer.worker.help_all': ( 'optimizer/worker.html#help_all',

@@ -140,6 +140,12 @@ def help_study(
     return patiently(partial(share_of, study))
 
 # %% ../../nbs/optimizer/04d_worker.ipynb #5d06883a
+def _begun(storage: BaseStorage, pattern: str) -> list[str]:  # in the order in which they were begun
+    "The studies that match a pattern and have a slot."
+    names = [name for name in optuna.get_all_study_names(storage) if fnmatchcase(name, pattern)]
+    return [name for name in names if storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)]
+
+# %% ../../nbs/optimizer/04d_worker.ipynb #bf638c17
 def help_all(
     storage: BaseStorage,
     pattern: str,  # of the names: `weekly-*`, or one name
@@ -155,8 +161,7 @@ def help_all(
     shares: dict[str, Share] = {}
     idle_since = time.monotonic()
     while True:
-        begun = [name for name in patiently(partial(optuna.get_all_study_names, storage)) if fnmatchcase(name, pattern)]
-        fresh = [name for name in begun if name not in shares]
+        fresh = [name for name in patiently(partial(_begun, storage, pattern)) if name not in shares]
         for name in fresh:
             shares[name] = help_study(storage, name, desk, seed, wait_seconds, on_progress, wait)
             idle_since = time.monotonic()
