@@ -26,6 +26,7 @@ from ..exchange.books import fee_of
 from ..exchange.frictions import REAL
 from ..exchange.matching import venue_of
 from ..execution.intents import has_our_name
+from ..live.plots import GAIN, LOSS
 from ..market.panel import FIELDS, Panel
 from ..ports import Fill, LedgerEntry
 
@@ -454,7 +455,7 @@ def plot_ledger(
 
     axes = plt.subplots(figsize=(8, 3))[1] if ax is None else ax
     kinds = ledger.by_kind
-    axes.bar(range(len(kinds)), list(kinds.values()), color=["tab:green" if bps > 0 else "tab:red" for bps in kinds.values()])
+    axes.bar(range(len(kinds)), list(kinds.values()), color=[GAIN if bps > 0 else LOSS for bps in kinds.values()])
     axes.axhline(0.0, color="black", lw=0.6)
     axes.set_xticks(range(len(kinds)), list(kinds), rotation=30, ha="right")
     axes.set(ylabel="bps of equity")

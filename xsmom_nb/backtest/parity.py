@@ -18,6 +18,7 @@ from ..clock import DAY_MS, format_utc, timeframe_ms
 from ..config import Config
 from ..errors import DataError
 from ..exchange.frictions import REAL
+from ..live.plots import GAIN, LOSS
 from ..market.panel import Panel
 
 # %% auto #0
@@ -169,15 +170,17 @@ def plot_parity(
     import matplotlib.pyplot as plt
 
     axes = plt.subplots(figsize=(8, 3))[1] if ax is None else ax
-    shares, level, initial = found.table["bps"], 0.0, found.real.config.backtest.initial_equity
+    shares, initial = found.table["bps"], found.real.config.backtest.initial_equity
     level = float(found.table["equity"].iloc[0]) / initial * 1e4 - 1e4
     names, edges = ["with all", *shares.index, "vector"], [level]
     for share in shares:
         edges.append(edges[-1] - share)
-    axes.bar(0, edges[0], color="tab:blue")
+    axes.bar(0, edges[0], color="0.4")
     for place, (top, bottom) in enumerate(pairwise(edges), start=1):
-        axes.bar(place, bottom - top, bottom=top, color="tab:green" if bottom > top else "tab:red")
-    axes.bar(len(names) - 1, edges[-1], color="tab:gray")
+        axes.bar(place, bottom - top, bottom=top, color=GAIN if bottom > top else LOSS)
+    axes.bar(len(names) - 1, edges[-1], color="0.7")
+    axes.axhline(0.0, color="black", lw=0.6)
+    axes.use_sticky_edges = False  # else the last step ends in the frame
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set(ylabel="bps of equity")
     return axes
