@@ -108,16 +108,17 @@ class Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         "Add events at the end, whole lines only; raises `StateError` when the file is gone."
-        self._held += logs
+        due = self._held + logs
         if logs and all(can_wait(event) for event in logs):
+            self._held = due
             return
-        lines = "".join(json.dumps(event, separators=(",", ":")) + "\n" for event in self._held)
+        lines = "".join(json.dumps(event, separators=(",", ":")) + "\n" for event in due)
         self._lock.acquire()
         try:
             _append(self._file_path, lines)
         finally:
             self._lock.release()
-        self._held.clear()
+        self._held = []
 
 # %% ../../nbs/optimizer/04_storage.ipynb #d03a9200
 def _proxy(address: str) -> BaseStorage:
