@@ -3512,6 +3512,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'xsmom_nb/optimizer/deploy.py'),
                                            'xsmom_nb.optimizer.deploy._target_of': ( 'optimizer/deploy.html#_target_of',
                                                                                      'xsmom_nb/optimizer/deploy.py'),
+                                           'xsmom_nb.optimizer.deploy._way_back': ( 'optimizer/deploy.html#_way_back',
+                                                                                    'xsmom_nb/optimizer/deploy.py'),
                                            'xsmom_nb.optimizer.deploy.enter_stage': ( 'optimizer/deploy.html#enter_stage',
                                                                                       'xsmom_nb/optimizer/deploy.py'),
                                            'xsmom_nb.optimizer.deploy.history': ( 'optimizer/deploy.html#history',

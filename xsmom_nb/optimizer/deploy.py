@@ -356,6 +356,14 @@ def _target_of(state: State, current: Current, version: str | None) -> str:
         raise RefusedError(f"{target} is the live config already")
     return target
 
+# %% ../../nbs/optimizer/08b_deploy.ipynb #66186b83
+def _way_back(state: State, folder: Path, current: Current, version: str | None) -> Version:
+    "The version that a rollback goes to, read and checked."
+    back = read_version(folder, _target_of(state, current, version))
+    if current.config is not None:
+        require_same_account(back, current.config)
+    return back
+
 # %% ../../nbs/optimizer/08b_deploy.ipynb #fbf667de
 def _overwritten(folder: Path, current: Current, now_ms: int) -> str:
     "Keep what a rollback is about to overwrite, and say where; empty where that is a version already."
@@ -383,14 +391,13 @@ def rollback(
         settle_locked(state, folder, now_ms)
         current = read_current(state, folder)
         require_same_version(current.candidate or current.live, judged)
-        if (given_up := current.candidate) is not None:
-            step = take_step(state, folder, _step_of(given_up, "withdraw", (given_up.stage, 0.0), who, reason, now_ms))
-            if version is None:
-                return step
-        back = read_version(folder, _target_of(state, current, version))
+        given_up = current.candidate
+        if given_up is not None and version is None:
+            return take_step(state, folder, _step_of(given_up, "withdraw", (given_up.stage, 0.0), who, reason, now_ms))
+        back = _way_back(state, folder, current, version)
+        if given_up is not None:
+            take_step(state, folder, _step_of(given_up, "withdraw", (given_up.stage, 0.0), who, reason, now_ms))
         assert current.live is not None
-        if current.config is not None:
-            require_same_account(back, current.config)
         reason += _overwritten(folder, current, now_ms)
         now = flatten(current.config) if current.config else _settings_of(folder, current.live.version) or {}
         stage, share, _ = back.config.rollout.stages[-1]
