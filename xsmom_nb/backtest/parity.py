@@ -5,7 +5,7 @@
 # %% ../../nbs/backtest/10_parity.ipynb #471af28a
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -33,7 +33,7 @@ class Rung:
     what: str  # what is switched off
     friction: str  # its name in `Frictions`
 
-
+# %% ../../nbs/backtest/10_parity.ipynb #be12547e
 LADDER = (
     Rung("timing", "decided after the close", "delay"),
     Rung("rounding", "lots, ticks and least orders", "lots"),
@@ -50,7 +50,7 @@ LADDER = (
 MONTH_DAYS = 30.0
 BUDGET_BPS = 1.0  # of equity a month that may stay unexplained
 
-
+# %% ../../nbs/backtest/10_parity.ipynb #a70e2941
 @dataclass(frozen=True)
 class Parity:
     "An account and a backtest of the same hours, and what lies between them."
@@ -111,7 +111,32 @@ def _account_final(
     begun = float(result.equity["equity"].iloc[0])
     return float(begun * inside.iloc[-1] / inside.iloc[0])
 
+# %% ../../nbs/backtest/10_parity.ipynb #b7a43fd4
+def _stripped(
+    panel: Panel,
+    config: Config,
+    span: tuple[int | None, int | None, bool],  # first and last decision, and holdout, as `replay` has them
+    inner: Panel | None,
+) -> Iterator[tuple[Rung | None, ReplayResult]]:  # each with the rung that goes next; None: nothing is left to go
+    "Replays with all frictions, then with one less each."
+    frictions, looks = REAL, config.backtest.risk == "full"
+    for rung in (*LADDER, None):
+        yield rung, replay(panel, config, *span, inner=inner, frictions=frictions, looks=looks)
+        frictions = frictions.without(rung.friction) if rung else frictions
 
+# %% ../../nbs/backtest/10_parity.ipynb #0ca8e721
+def _finals(
+    results: list[tuple[Rung | None, ReplayResult]],
+    vector: BacktestResult,
+) -> list[tuple[str, str, str, float]]:  # name, kind, what, and the final equity with the friction; the vector's at last
+    "Where each replay ended, and the backtest."
+    found = list[tuple[str, str, str, float]]()
+    for rung, result in results:
+        name, kind, what = (rung.friction, rung.kind, rung.what) if rung else ("unexplained", "unexplained", "what is left")
+        found.append((name, kind, what, float(result.equity["equity"].iloc[-1])))
+    return [*found, ("vector", "", "", float(vector.equity["equity"].iloc[-1]))]
+
+# %% ../../nbs/backtest/10_parity.ipynb #f9f1cad4
 def parity(
     panel: Panel,
     config: Config,
@@ -126,21 +151,14 @@ def parity(
     "Take a difference apart; raises as `replay` does, `DataError` for an account that has nothing in the window."
     vector = backtest(panel, config, start_ms, end_ms, holdout)
     initial, days = config.backtest.initial_equity, len(vector.equity) * timeframe_ms(panel.timeframe) / DAY_MS
-    looks = config.backtest.risk == "full"  # else the guard's rules are out of reach, and nobody need ask it between cycles
-    frictions, results = REAL, list[tuple[Rung | None, ReplayResult]]()
-    for rung in (*LADDER, None):
-        result = replay(panel, config, start_ms, end_ms, holdout, inner=inner, frictions=frictions, looks=looks)
+    results = list[tuple[Rung | None, ReplayResult]]()
+    for rung, result in _stripped(panel, config, (start_ms, end_ms, holdout), inner):
         results.append((rung, result))
         if on_rung is not None:
             on_rung(rung.friction if rung else "none", result)
-        frictions = frictions.without(rung.friction) if rung else frictions
-    finals, real = list[tuple[str, str, str, float]](), results[0][1]
+    finals, real = _finals(results, vector), results[0][1]
     if account is not None:
-        finals.append(("account", "data", "the account against its replay", _account_final(account, real)))
-    for rung, result in results:
-        name, kind, what = (rung.friction, rung.kind, rung.what) if rung else ("unexplained", "unexplained", "what is left")
-        finals.append((name, kind, what, float(result.equity["equity"].iloc[-1])))
-    finals.append(("vector", "", "", float(vector.equity["equity"].iloc[-1])))
+        finals.insert(0, ("account", "data", "the account against its replay", _account_final(account, real)))
     paths = {rung.friction if rung else "none": result.equity["equity"] for rung, result in results}
     return Parity(_share_table(finals, initial, days), pd.DataFrame({**paths, "vector": vector.equity["equity"]}), days, real,
                   results[-1][1], vector)
