@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plot_equity', 'plot_drawdown', 'draw_map', 'monthly_returns', 'plot_months', 'plot_exposure', 'plot_turnover',
-           'plot_costs', 'plot_symbols']
+           'plot_costs', 'plot_symbols', 'GAIN', 'LOSS']
 
 # %% ../../nbs/backtest/05_plots.ipynb #e84f2c0d
 from calendar import month_abbr
@@ -21,6 +21,9 @@ from ..live.plots import GAIN, LOSS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
+
+# %% ../../nbs/backtest/05_plots.ipynb #eea687ac
+_all_ = ["GAIN", "LOSS"]
 
 # %% ../../nbs/backtest/05_plots.ipynb #cf6992cf
 def plot_equity(
