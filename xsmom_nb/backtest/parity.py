@@ -193,12 +193,12 @@ def plot_parity(
     names, edges = ["with all", *shares.index, "vector"], [level]
     for share in shares:
         edges.append(edges[-1] - share)
+    axes.use_sticky_edges = False  # else the last step ends in the frame
     axes.bar(0, edges[0], color="0.4")
     for place, (top, bottom) in enumerate(pairwise(edges), start=1):
         axes.bar(place, bottom - top, bottom=top, color=GAIN if bottom > top else LOSS)
     axes.bar(len(names) - 1, edges[-1], color="0.7")
     axes.axhline(0.0, color="black", lw=0.6)
-    axes.use_sticky_edges = False  # else the last step ends in the frame
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set(ylabel="bps of equity")
     return axes
