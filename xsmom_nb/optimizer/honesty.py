@@ -33,7 +33,7 @@ __all__ = ['DAYS', 'RecordFigures', 'judge_record', 'SearchFigures', 'judge_sear
 # %% ../../nbs/optimizer/06f_honesty.ipynb #9063c4ad
 DAYS = 365.0  # of a year
 
-
+# %% ../../nbs/optimizer/06f_honesty.ipynb #3d31fbe9
 def _yearly(sharpe: float) -> float:
     "A Sharpe ratio of days as one of a year."
     return sharpe * math.sqrt(DAYS)
