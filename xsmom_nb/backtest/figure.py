@@ -36,7 +36,7 @@ class ParityFigure:
         "How long ago its hours ended."
         return (now_ms - self.end_ms) / 86_400_000
 
-
+# %% ../../nbs/backtest/14_figure.ipynb #d26c5ac0
 def latest_parity(
     state: State,
 ) -> ParityFigure | None:  # None: there was no ledger yet
@@ -49,7 +49,7 @@ def latest_parity(
         raise StateError(f"state {state.location}: the memory {PARITY!r} is {kept!r}; expected what a parity ledger keeps; make "
                          "a new one with `xsmom run parity_ledger`") from error
 
-# %% ../../nbs/backtest/14_figure.ipynb #d26c5ac0
+# %% ../../nbs/backtest/14_figure.ipynb #4920e1ae
 def keep_figure(
     state: State,
     ledger: Ledger,
@@ -65,7 +65,7 @@ def keep_figure(
             emit(connection, now_ms, "ERROR", "parity", ledger_verdict(ledger, budget), data={"run_id": run_id, **ledger.by_kind})
     return figure
 
-
+# %% ../../nbs/backtest/14_figure.ipynb #b99482cc
 def tell_refused(
     state: State,
     why: str,  # a sentence

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..clock import Clock
 from ..config import Config
-from ..decision import as_json
+from ..decision import Memory, as_json
 from ..exchange.books import ZERO, Books, Holding, Step, fee_of, filled, posted
 from ..exchange.fills import slippage_bps
 from ..exchange.matching import WHOLE, Depth, Venue, ended
@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['InsideExchange', 'exits_inside', 'leave_inside']
 
+# %% ../../nbs/backtest/08c_inside.ipynb #74b58c16
+def _charge(quantity: Decimal, price: Decimal, depth: Depth | None, venue: Venue) -> Decimal:
+    "Fee and slippage of an exit, quote currency."
+    volatility, volume = (depth.volatility, depth.quote_volume) if depth is not None else (0.0, 1.0)
+    slippage = slippage_bps(venue.slippage_bps, venue.impact_coef, volatility, float(quantity * price), volume)
+    return fee_of(quantity, price, venue.taker_bps + Decimal(repr(float(slippage))))
+
 # %% ../../nbs/backtest/08c_inside.ipynb #a4d042f8
 def _leaving(
     symbol: str,  # that is held
@@ -41,11 +48,9 @@ def _leaving(
     venue: Venue,
 ) -> Action:
     "Book a fill at a price of the bar that is over."
-    volatility, volume = (depth.volatility, depth.quote_volume) if depth is not None else (0.0, 1.0)
-    slippage = slippage_bps(venue.slippage_bps, venue.impact_coef, volatility, float(quantity * price), volume)
+    fee = _charge(quantity, price, depth, venue)
 
     def leave(connection: Connection, books: Books, now_ms: int) -> tuple[Step, Submission]:
-        fee = fee_of(quantity, price, venue.taker_bps + Decimal(repr(float(slippage))))
         side = "Sell" if books.holdings[symbol].quantity > 0 else "Buy"
         fill = Fill(name, "inside", "", symbol, side, quantity, price, fee, False, now_ms)  # type: ignore[arg-type]
         step = filled(books, fill)
@@ -55,7 +60,22 @@ def _leaving(
 
     return leave
 
+# %% ../../nbs/backtest/08c_inside.ipynb #9dbc391d
+def _happened(
+    event: Fill | LedgerEntry,  # a trade by no order of ours, or money that came or went
+    step_ms: int,  # length of a bar
+) -> Action:
+    "Book what the account did not do itself, at the time of the clock."
+    def book(connection: Connection, books: Books, now_ms: int) -> tuple[Step, Submission]:
+        if isinstance(event, LedgerEntry):
+            return posted(books, replace(event, time_ms=now_ms)), Submission("accepted")
+        fresh = Holding(ZERO, ZERO, event.price, now_ms // step_ms * step_ms, now_ms + 1)
+        holdings = {event.symbol: fresh, **books.holdings}
+        return filled(replace(books, holdings=holdings), replace(event, time_ms=now_ms)), Submission("accepted")
 
+    return book
+
+# %% ../../nbs/backtest/08c_inside.ipynb #8496540a
 class InsideExchange(PaperExchange):
     "A paper exchange that can also fill at a price of the bar that is over."
 
@@ -82,15 +102,7 @@ class InsideExchange(PaperExchange):
         event: Fill | LedgerEntry,  # a trade by no order of ours, or money that came or went
     ) -> None:
         "Let something happen to the account that it did not do itself."
-        def book(connection: Connection, books: Books, now_ms: int) -> tuple[Step, Submission]:
-            if isinstance(event, LedgerEntry):
-                return posted(books, replace(event, time_ms=now_ms)), Submission("accepted")
-            step_ms = self.venue.step_ms
-            fresh = Holding(ZERO, ZERO, event.price, now_ms // step_ms * step_ms, now_ms + 1)
-            holdings = {event.symbol: fresh, **books.holdings}
-            return filled(replace(books, holdings=holdings), replace(event, time_ms=now_ms)), Submission("accepted")
-
-        self._account.change(lambda _: book)
+        self._account.change(lambda _: _happened(event, self.venue.step_ms))
 
 # %% ../../nbs/backtest/08c_inside.ipynb #3f33a838
 def exits_inside(
@@ -117,7 +129,32 @@ def exits_inside(
             break
     return replace(risk, position=tracked, leaving=leaving if left else None), left
 
-# %% ../../nbs/backtest/08c_inside.ipynb #1af45015
+# %% ../../nbs/backtest/08c_inside.ipynb #f7139e20
+def _caught_up(port: InsideExchange, state: State, config: Config, positions: Sequence[Position], now_ms: int) -> Memory:
+    "The memory, with the news of the exchange where it holds something else."
+    memory = recall(state)
+    known = {symbol: risk.quantity for symbol, risk in memory.risk.symbols.items() if risk.quantity}
+    if {position.symbol: position.quantity for position in positions} == known:
+        return memory
+    book_news(port, state, now_ms)
+    return replace(memory, risk=follow(state, config, now_ms))
+
+# %% ../../nbs/backtest/08c_inside.ipynb #ad389fea
+def _with_close(ticks: Sequence[Tick], close: Yardstick | None) -> list[Tick]:
+    "Finished bars, with what is known at the close of the last."
+    if not ticks or close is None:
+        return list(ticks)
+    return [*ticks[:-1], replace(ticks[-1], slope=close.slope, average=close.average)]
+
+# %% ../../nbs/backtest/08c_inside.ipynb #4a9775f5
+def _carry_out(port: InsideExchange, left: Mapping[str, Sequence[tuple[Decimal, float]]]) -> bool:
+    "Have every exit happen, by symbol, each with its quantity and price; False: there was none."
+    for symbol, exits in left.items():
+        for number, (quantity, price) in enumerate(exits):
+            port.leave(symbol, quantity, price, number)
+    return any(left.values())
+
+# %% ../../nbs/backtest/08c_inside.ipynb #11468b67
 def leave_inside(
     port: InsideExchange,
     state: State,
@@ -127,26 +164,19 @@ def leave_inside(
     closes: Mapping[str, Yardstick],  # slope and average at this close, by symbol, where exits follow them
 ) -> None:
     "Carry out all exits of the bars that are over."
-    now_ms, memory, positions = clock.now_ms(), recall(state), ask(port.fetch_positions)
-    known = {symbol: risk.quantity for symbol, risk in memory.risk.symbols.items() if risk.quantity}
-    if {position.symbol: position.quantity for position in positions} != known:
-        book_news(port, state, now_ms)
-        memory = replace(memory, risk=follow(state, config, now_ms))
+    now_ms, positions = clock.now_ms(), ask(port.fetch_positions)
+    memory = _caught_up(port, state, config, positions, now_ms)
     if not positions:
         return
     rules, contracts = exit_rules(config), {each.symbol: each for each in ask(port.fetch_instruments)}
     symbols, left = dict(memory.risk.symbols), dict[str, list[tuple[Decimal, float]]]()
     for position in positions:
-        symbol, ticks = position.symbol, list(bars.get(position.symbol, ()))
-        if ticks and symbol in closes:
-            ticks[-1] = replace(ticks[-1], slope=closes[symbol].slope, average=closes[symbol].average)
+        symbol = position.symbol
+        ticks = _with_close(bars.get(symbol, ()), closes.get(symbol))
         symbols[symbol], left[symbol] = exits_inside(
             symbols[symbol], position, ticks, memory.yardsticks.get(symbol, Yardstick()), contracts[symbol], rules)
     with state.write() as connection:
         save_memory(connection, RISK, as_json(replace(memory.risk, symbols=symbols)), now_ms)
-    for symbol, exits in left.items():
-        for number, (quantity, price) in enumerate(exits):
-            port.leave(symbol, quantity, price, number)
-    if any(left.values()):
+    if _carry_out(port, left):
         book_news(port, state, now_ms)
         follow(state, config, now_ms)

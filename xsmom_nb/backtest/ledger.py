@@ -5,7 +5,7 @@
 # %% ../../nbs/backtest/13_ledger.ipynb #de192dc0
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import pairwise
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .opening import Opening, continued_backtest, opening_of
-from .parity import LADDER
+from .parity import LADDER, Rung
 from .relive import Course, Lived, due_course, price_gains, relive, sum_by_symbol
 from ..clock import DAY_MS, format_utc, timeframe_ms
 from ..config import Config, with_values
@@ -23,9 +23,10 @@ from ..decide import decide
 from ..decision import Decided, Decision, Snapshot
 from ..errors import DataError, IntegrityError
 from ..exchange.books import fee_of
-from ..exchange.frictions import REAL
+from ..exchange.frictions import REAL, Frictions
 from ..exchange.matching import venue_of
 from ..execution.intents import has_our_name
+from ..live.plots import GAIN, LOSS
 from ..market.panel import FIELDS, Panel
 from ..ports import Fill, LedgerEntry
 
@@ -76,7 +77,7 @@ def _quantities(snapshot: Snapshot) -> dict[str, Decimal]:
     "What is held, by symbol."
     return {each.symbol: each.quantity for each in snapshot.positions}
 
-
+# %% ../../nbs/backtest/13_ledger.ipynb #63e97dc9
 def _after(held: Mapping[str, Decimal], fills: Sequence[Fill]) -> dict[str, Decimal]:
     "What is held after some trades, by symbol."
     found = dict(held)
@@ -84,7 +85,7 @@ def _after(held: Mapping[str, Decimal], fills: Sequence[Fill]) -> dict[str, Deci
         found[fill.symbol] = found.get(fill.symbol, Decimal(0)) + fill.signed_quantity
     return {symbol: quantity for symbol, quantity in found.items() if quantity}
 
-
+# %% ../../nbs/backtest/13_ledger.ipynb #42261d71
 def hour_books(
     before: Snapshot,
     after: Snapshot,
@@ -116,12 +117,37 @@ def _cuts(
     last = int(np.searchsorted(times_ms, time_ms + margin_ms, side="right"))
     return range(max(first, least), max(last, least) + 1)
 
-
+# %% ../../nbs/backtest/13_ledger.ipynb #65b4f39e
 def _best_cut(pairs: Sequence[tuple[HourBooks, int, int]]) -> tuple[HourBooks, int, int]:
     "The cut that balances best; the earliest of equals."
     return min(pairs, key=lambda pair: (not pair[0].positions, abs(pair[0].wallet_gap) + abs(pair[0].gap)))
 
+# %% ../../nbs/backtest/13_ledger.ipynb #0af375f8
+def _is_likely(before: Snapshot, after: Snapshot, fills: Sequence[Fill]) -> bool:
+    "Whether some trades lead from one snapshot's positions to the other's."
+    return _after(_quantities(before), fills) == _quantities(after)
 
+
+def _hour_cuts(
+    record: AccountRecord,
+    times: tuple[Sequence[int], Sequence[int]],  # of its trades and of its movements
+    before: Snapshot,
+    after: Snapshot,
+    starts: Sequence[range],  # where the lists may be cut at the first
+) -> list[tuple[HourBooks, int, int]]:  # and the trades and movements up to its end; at least one
+    "The books between two snapshots, for every cut that may be the right one."
+    def cuts(of: int, least: int) -> range:
+        return _cuts(times[of], after.time_ms, record.margin_ms, least)
+
+    def books(i: int, j: int, k: int, m: int) -> tuple[HourBooks, int, int]:
+        return hour_books(before, after, record.fills[i:j], record.entries[k:m]), j, m
+
+    found = [books(i, j, k, m) for i in starts[0] for j in cuts(0, i) if _is_likely(before, after, record.fills[i:j])
+             for k in starts[1] for m in cuts(1, k)]
+    i, k = starts[0][0], starts[1][0]
+    return found or [books(i, cuts(0, i)[0], k, cuts(1, k)[0])]
+
+# %% ../../nbs/backtest/13_ledger.ipynb #4f1a6284
 def all_books(
     record: AccountRecord,
 ) -> list[HourBooks]:  # one for each pair of neighbours
@@ -134,26 +160,23 @@ def all_books(
     starts = [_cuts(each, first.time_ms, record.margin_ms) for each in times]
     books = list[HourBooks]()
     for before, after in pairwise(each.snapshot for each in record.decided):
-        found = [
-            (hour_books(before, after, record.fills[i:j], record.entries[k:m]), j, m)
-            for i in starts[0] for j in _cuts(times[0], after.time_ms, record.margin_ms, i)
-            if _is_likely(before, after, record.fills[i:j])
-            for k in starts[1] for m in _cuts(times[1], after.time_ms, record.margin_ms, k)]
-        if not found:
-            i, j = starts[0][0], _cuts(times[0], after.time_ms, record.margin_ms, starts[0][0])[0]
-            k, m = starts[1][0], _cuts(times[1], after.time_ms, record.margin_ms, starts[1][0])[0]
-            found = [(hour_books(before, after, record.fills[i:j], record.entries[k:m]), j, m)]
-        hour, j, m = _best_cut(found)
+        hour, j, m = _best_cut(_hour_cuts(record, times, before, after, starts))
         books.append(hour)
         starts = [range(j, j + 1), range(m, m + 1)]
     return books
 
+# %% ../../nbs/backtest/13_ledger.ipynb #0623622f
+def _imbalance(hour: HourBooks) -> str:
+    "What is wrong with the books of an hour."
+    parts = {name: getattr(hour, name) for name in ("price", "fees", "funding", "transfers")}
+    what = ", ".join(f"{name} {amount:+.2f}" for name, amount in parts.items())
+    wallet = f"the wallet has {hour.wallet_gap:+.2f} more than its ledger"
+    held = "" if hour.positions else "; the trades do not lead from the old positions to the new ones"
+    return (f"hour from {format_utc(hour.start_ms)} to {format_utc(hour.end_ms)} does not balance: the equity changed by "
+            f"{hour.change:.2f}: {what}, not explained {hour.gap:+.2f}; {wallet}{held}; expected agreement to the cent: "
+            "compare the exchange's lists with `xsmom state export` before anything else")
 
-def _is_likely(before: Snapshot, after: Snapshot, fills: Sequence[Fill]) -> bool:
-    "Whether some trades lead from one snapshot's positions to the other's."
-    return _after(_quantities(before), fills) == _quantities(after)
-
-# %% ../../nbs/backtest/13_ledger.ipynb #65b4f39e
+# %% ../../nbs/backtest/13_ledger.ipynb #c25212bc
 def balanced_books(
     record: AccountRecord,
 ) -> list[HourBooks]:
@@ -161,17 +184,20 @@ def balanced_books(
     books = all_books(record)
     for hour in books:
         if not hour.ok:
-            parts = {name: getattr(hour, name) for name in ("price", "fees", "funding", "transfers")}
-            what = ", ".join(f"{name} {amount:+.2f}" for name, amount in parts.items())
-            wallet = f"the wallet has {hour.wallet_gap:+.2f} more than its ledger"
-            held = "" if hour.positions else "; the trades do not lead from the old positions to the new ones"
-            raise IntegrityError(
-                f"hour from {format_utc(hour.start_ms)} to {format_utc(hour.end_ms)} does not balance: the equity changed by "
-                f"{hour.change:.2f}: {what}, not explained {hour.gap:+.2f}; {wallet}{held}; expected agreement to the cent: "
-                "compare the exchange's lists with `xsmom state export` before anything else")
+            raise IntegrityError(_imbalance(hour))
     return books
 
-# %% ../../nbs/backtest/13_ledger.ipynb #1be94d94
+# %% ../../nbs/backtest/13_ledger.ipynb #c4b6f0b4
+def _as_seen(
+    old: np.ndarray,  # of the store
+    new: np.ndarray,  # of a window
+    came: np.ndarray,  # whether the account had that bar
+) -> np.ndarray | None:  # None: they are the same
+    "The values that an account had in place of the store's."
+    differs = came & (old.view(np.int64) != new.view(np.int64)) & ~((old == 0) & (new == 0))
+    return np.where(differs, new, old) if differs.any() else None
+
+# %% ../../nbs/backtest/13_ledger.ipynb #78c86fa3
 def seen_panel(
     panel: Panel,  # of the store
     decided: Sequence[Decided],  # ascending
@@ -189,11 +215,9 @@ def seen_panel(
         place = np.ix_(rows[inside], np.array(here, dtype=np.int64))
         came = np.isfinite(window.close[inside][:, there])
         for name, whole in values.items():
-            old, new = whole[place], getattr(window, name)[inside][:, there]
-            differs = came & (old.view(np.int64) != new.view(np.int64)) & ~((old == 0) & (new == 0))
-            if differs.any():
-                changed = True
-                whole[place] = np.where(differs, new, old)
+            seen = _as_seen(whole[place], getattr(window, name)[inside][:, there], came)
+            if seen is not None:
+                changed, whole[place] = True, seen
     return replace(panel, **values) if changed else panel
 
 # %% ../../nbs/backtest/13_ledger.ipynb #8c163a2a
@@ -218,7 +242,7 @@ def _orders(decision: Decision) -> dict[str, list[tuple[Decimal, Decimal | None]
         found.setdefault(intent.request.symbol, []).append((intent.request.signed_quantity, intent.request.price))
     return found
 
-
+# %% ../../nbs/backtest/13_ledger.ipynb #331fffe7
 def _is_rounding(
     was: Sequence[tuple[Decimal, Decimal | None]],  # signed quantity and price of each order
     now: Sequence[tuple[Decimal, Decimal | None]],
@@ -230,7 +254,23 @@ def _is_rounding(
         abs(a - b) <= step and ((p is None and q is None) or (p is not None and q is not None and abs(p - q) <= tick))
         for (a, p), (b, q) in zip(was, now, strict=True))
 
+# %% ../../nbs/backtest/13_ledger.ipynb #9f21da33
+def _change_of(
+    symbol: str,
+    then: Decided,
+    again: Decision,
+    was: Sequence[tuple[Decimal, Decimal | None]],  # signed quantity and price of each order
+    now: Sequence[tuple[Decimal, Decimal | None]],
+) -> str:  # signal, sizing or rounding; empty: none
+    "In what way one symbol is decided otherwise."
+    if abs(again.targets.get(symbol, 0.0) - then.decision.targets.get(symbol, 0.0)) > 1e-12:
+        return "signal"
+    if was == now:
+        return ""
+    rules = {instrument.symbol: instrument for instrument in then.snapshot.instruments}[symbol]
+    return "rounding" if _is_rounding(was, now, rules.quantity_step, rules.price_tick) else "sizing"
 
+# %% ../../nbs/backtest/13_ledger.ipynb #4f523292
 def changed_minds(
     decided: Sequence[Decided],
     config: Config,
@@ -239,14 +279,9 @@ def changed_minds(
     found, order = dict[str, str](), ("rounding", "sizing", "signal")
     for each in decided:
         again = decide(each.snapshot, each.memory, config)
-        rules = {instrument.symbol: instrument for instrument in each.snapshot.instruments}
         was, now = _orders(each.decision), _orders(again)
         for symbol in {*again.targets, *each.decision.targets, *was, *now}:
-            kind = ""
-            if abs(again.targets.get(symbol, 0.0) - each.decision.targets.get(symbol, 0.0)) > 1e-12:
-                kind = "signal"
-            elif (a := was.get(symbol, [])) != (b := now.get(symbol, [])):
-                kind = "rounding" if _is_rounding(a, b, rules[symbol].quantity_step, rules[symbol].price_tick) else "sizing"
+            kind = _change_of(symbol, each, again, was.get(symbol, []), now.get(symbol, []))
             if kind and (symbol not in found or order.index(kind) > order.index(found[symbol])):
                 found[symbol] = kind
     return found
@@ -260,7 +295,7 @@ def schedule_fees(
     venue = venue_of(config, timeframe_ms(config.exchange.timeframe), config.paper.seed)
     return [(fill.symbol, -float(fee_of(fill.quantity, fill.price, venue.fee_bps(fill.is_maker)))) for fill in fills]
 
-
+# %% ../../nbs/backtest/13_ledger.ipynb #39aabf3a
 def expected_funding(
     panel: Panel,
     before: Snapshot,
@@ -283,7 +318,7 @@ def expected_funding(
 # %% ../../nbs/backtest/13_ledger.ipynb #378e7c29
 KINDS = ("data", "signal", "sizing", "fill", "fee", "funding", "timing", "rounding", "outside", "unexplained")
 
-
+# %% ../../nbs/backtest/13_ledger.ipynb #8b9545e4
 @dataclass(frozen=True)
 class Ledger:
     "An account and the backtest of the same hours, and what lies between them."
@@ -333,7 +368,7 @@ class Ledger:
                       for hour in self.books],
         }
 
-# %% ../../nbs/backtest/13_ledger.ipynb #8b9545e4
+# %% ../../nbs/backtest/13_ledger.ipynb #0be32552
 _WHAT = {
     "fee": "fees beside the schedule", "funding": "funding beside the store's rates",
     "signal": "other targets than today's code has",
@@ -341,7 +376,7 @@ _WHAT = {
     "fill": "filled otherwise than the model fills", "outside": "trades by no order of ours, and money that came or went",
     "data": "bars that differ from the store's", "timing": "cycles that came late or not at all, and a guard that did not look"}
 
-
+# %% ../../nbs/backtest/13_ledger.ipynb #2477060d
 def _own_shares(
     record: AccountRecord,
     books: Sequence[HourBooks],
@@ -366,7 +401,7 @@ def _own_shares(
         shares[minds.get(symbol, "fill")] += ours - theirs
     return shares
 
-
+# %% ../../nbs/backtest/13_ledger.ipynb #9ca38dd2
 def _courses(
     record: AccountRecord,
     books: Sequence[HourBooks],
@@ -380,12 +415,47 @@ def _courses(
     was = Course(times, last.time_ms, outside_events(books), record.watched)
     return was, replace(was, outside=()), due_course(opening, last.row_ms, config.live.rebalance_minute * 60_000, step_ms)
 
-# %% ../../nbs/backtest/13_ledger.ipynb #0be32552
+# %% ../../nbs/backtest/13_ledger.ipynb #2acd81c0
 def ledger_config(config: Config) -> Config:
     "The config that both sides are held to: the account's, with all rules about risk, since an account always has them."
     return with_values(config, {"backtest.risk": "full"})
 
+# %% ../../nbs/backtest/13_ledger.ipynb #177f8fbc
+_Live = Callable[[Panel, Course, Frictions], Lived]
 
+
+def _put_right(
+    live: _Live,
+    seen: Panel,  # as the account saw it
+    panel: Panel,  # as the store has it
+    was: Course,
+    alone: Course,
+    meant: Course,
+) -> dict[str, Lived]:  # by what was put right last
+    "The hours of an account, with one thing of its own after another put right."
+    lives = {"as it was": live(seen, was, REAL)}
+    lives["outside"] = live(seen, alone, REAL) if was.outside else lives["as it was"]
+    lives["data"] = live(panel, alone, REAL) if seen is not panel else lives["outside"]
+    return {**lives, "timing": live(panel, meant, REAL)}
+
+# %% ../../nbs/backtest/13_ledger.ipynb #c764796e
+def _without_frictions(live: _Live, panel: Panel, meant: Course, at_once: Course) -> Iterator[tuple[Rung, Lived]]:
+    "The hours of an account, with one friction after another switched off."
+    frictions = REAL
+    for rung in LADDER:
+        frictions = frictions.without(rung.friction)
+        yield rung, live(panel, meant if frictions.delay else at_once, frictions)
+
+# %% ../../nbs/backtest/13_ledger.ipynb #7a19978c
+def _ledger_table(
+    rows: Sequence[tuple[str, str, str, float]],  # share, kind, what, money
+    begun: float,  # equity at the start, quote currency
+) -> pd.DataFrame:  # a row a share
+    "The shares as a table."
+    return pd.DataFrame([{"share": name, "kind": kind, "what": what, "money": money, "bps": money / begun * 1e4}
+                         for name, kind, what, money in rows]).set_index("share")
+
+# %% ../../nbs/backtest/13_ledger.ipynb #0fe19ba6
 def parity_ledger(
     panel: Panel,  # of the store
     config: Config,  # of the account
@@ -400,32 +470,24 @@ def parity_ledger(
     was, alone, meant = _courses(record, books, opening, config, step_ms)
     seen = seen_panel(panel, record.decided)
 
-    def live(bars: Panel, course: Course, frictions: Any = REAL) -> Lived:
+    def live(bars: Panel, course: Course, frictions: Frictions) -> Lived:
         return relive(bars, config, opening, last.row_ms, course, inner=inner, frictions=frictions)
 
-    lives = {"as it was": live(seen, was)}
-    lives["outside"] = live(seen, alone) if was.outside else lives["as it was"]
-    lives["data"] = live(panel, alone) if seen is not panel else lives["outside"]
-    lives["timing"] = live(panel, meant)
-    frictions, rows = REAL, list[tuple[str, str, str, float]]()
+    lives = _put_right(live, seen, panel, was, alone, meant)
     own = _own_shares(record, books, lives["as it was"], seen, config)
-    rows += [(f"account {kind}", kind, _WHAT[kind], money) for kind, money in own.items()]
-    for (_, before), (kind, after) in pairwise(lives.items()):
-        rows.append((kind, kind, _WHAT[kind], before.gain - after.gain))
+    rows = [(f"account {kind}", kind, _WHAT[kind], money) for kind, money in own.items()]
+    rows += [(kind, kind, _WHAT[kind], before.gain - after.gain) for (_, before), (kind, after) in pairwise(lives.items())]
     life = lives["timing"]
-    for rung in LADDER:
-        frictions = frictions.without(rung.friction)
-        following = live(panel, meant if frictions.delay else due_course(opening, last.row_ms, 0, step_ms), frictions)
+    for rung, following in _without_frictions(live, panel, meant, due_course(opening, last.row_ms, 0, step_ms)):
         rows.append((rung.friction, rung.kind, rung.what, life.gain - following.gain))
         lives[rung.friction] = life = following
     continued = continued_backtest(panel, config, opening, last.row_ms)
     says = continued.ended - continued.begun
     rows.append(("unexplained", "unexplained", "what is left", life.gain - says))
     begun, earned = float(opening.equity), float(sum(hour.change - hour.transfers for hour in books))
-    table = pd.DataFrame([{"share": name, "kind": kind, "what": what, "money": money, "bps": money / begun * 1e4}
-                          for name, kind, what, money in rows]).set_index("share")
     missed = (last.row_ms - opening.row_ms) // step_ms + 1 - len(record.decided)
-    return Ledger(first.snapshot.time_ms, last.time_ms, begun, earned, says, table, tuple(books), lives, int(missed))
+    return Ledger(first.snapshot.time_ms, last.time_ms, begun, earned, says, _ledger_table(rows, begun), tuple(books), lives,
+                  int(missed))
 
 # %% ../../nbs/backtest/13_ledger.ipynb #6f6e13cb
 def ledger_verdict(
@@ -444,7 +506,7 @@ def ledger_verdict(
             f"{ledger.unexplained_bps_per_day:.3f} bps a day, {judged} the budget of {budget:g}.{absent} The books balance to "
             f"the cent in all {len(ledger.books)} hours.")
 
-
+# %% ../../nbs/backtest/13_ledger.ipynb #3e65d726
 def plot_ledger(
     ledger: Ledger,
     ax: Any = None,  # matplotlib axes; None: new ones
@@ -454,7 +516,7 @@ def plot_ledger(
 
     axes = plt.subplots(figsize=(8, 3))[1] if ax is None else ax
     kinds = ledger.by_kind
-    axes.bar(range(len(kinds)), list(kinds.values()), color=["tab:green" if bps > 0 else "tab:red" for bps in kinds.values()])
+    axes.bar(range(len(kinds)), list(kinds.values()), color=[GAIN if bps > 0 else LOSS for bps in kinds.values()])
     axes.axhline(0.0, color="black", lw=0.6)
     axes.set_xticks(range(len(kinds)), list(kinds), rotation=30, ha="right")
     axes.set(ylabel="bps of equity")

@@ -65,7 +65,7 @@ class Opening:
             held[columns[position.symbol]] = float(position.quantity)
         return held
 
-
+# %% ../../nbs/backtest/08d_opening.ipynb #705e80d4
 def opening_of(
     snapshot: Snapshot,
     memory: Memory,  # with which it was decided
@@ -83,7 +83,7 @@ def _next_open_ms(symbol: str, time_ms: int, step_ms: int, pieces: Pieces | None
         open_ms = pieces.next_close_ms(symbol, open_ms)
     return open_ms
 
-
+# %% ../../nbs/backtest/08d_opening.ipynb #8b11e12f
 def begin_account(
     database: Database,  # of an account, empty
     opening: Opening,
@@ -134,7 +134,18 @@ def still_row(
         low[row], high[row] = np.inf, -np.inf
     return read_only(flows._replace(funding=funding, settles=settles, low=low, high=high))
 
+# %% ../../nbs/backtest/08d_opening.ipynb #0905892e
+def _open_trades(book: Book, opening: Opening, symbols: tuple[str, ...], held: np.ndarray, costs: np.ndarray, row: int) -> None:
+    "Write the positions of an opening into the trades of a book."
+    for i in np.flatnonzero(held):
+        risk = opening.memory.risk.symbols.get(symbols[i])
+        earned = risk.cash - risk.cash_when_flat if risk is not None and risk.quantity else -float(costs[i])
+        trade = book.trades[i]
+        trade[SIDE], trade[ENTRY_ROW], trade[SYMBOL] = np.sign(held[i]), max(row - 1, 0), i
+        trade[BOUGHT], trade[PAID_IN] = abs(held[i]), abs(costs[i])
+        trade[FEES] = -trade[SIDE] * trade[PAID_IN] - earned  # whatever it has cost so far
 
+# %% ../../nbs/backtest/08d_opening.ipynb #4af89c37
 def begin_book(
     opening: Opening,
     panel: Panel,
@@ -151,13 +162,7 @@ def begin_book(
     equity = float(opening.wallet) + float((held * closes - costs).sum()) - float((before * returns).sum())
     book = empty_book(n)
     book.shares[:] = before / equity
-    for i in np.flatnonzero(held):
-        risk = opening.memory.risk.symbols.get(panel.symbols[i])
-        earned = risk.cash - risk.cash_when_flat if risk is not None and risk.quantity else -float(costs[i])
-        trade = book.trades[i]
-        trade[SIDE], trade[ENTRY_ROW], trade[SYMBOL] = np.sign(held[i]), max(row - 1, 0), i
-        trade[BOUGHT], trade[PAID_IN] = abs(held[i]), abs(costs[i])
-        trade[FEES] = -trade[SIDE] * trade[PAID_IN] - earned  # whatever it has cost so far
+    _open_trades(book, opening, panel.symbols, held, costs, row)
     return book, equity
 
 # %% ../../nbs/backtest/08d_opening.ipynb #b672894d
@@ -190,7 +195,18 @@ class Continued(NamedTuple):
     ended: float  # equity at the last close, before its trades
     equity: np.ndarray  # after each row's trades but the last, shape (R − 1,)
 
+# %% ../../nbs/backtest/08d_opening.ipynb #e5f5e46c
+def _rows_between(panel: Panel, first_ms: int, last_ms: int) -> tuple[int, int]:  # both inclusive
+    "The rows of two bars; raises `DataError` where the panel does not reach from one to the other."
+    step_ms = timeframe_ms(panel.timeframe)
+    first, last = ((each - int(panel.open_time_ms[0])) // step_ms for each in (first_ms, last_ms))
+    if not 0 <= first < last < panel.shape[0]:
+        span = f"{format_utc(int(panel.open_time_ms[0]))} to {format_utc(int(panel.open_time_ms[-1]))}"
+        asked = f"bars from {format_utc(first_ms)} to {format_utc(last_ms)}"
+        raise DataError(f"{asked}: {panel.origin} has {span}; expected all of them, and more than one: `xsmom data sync`")
+    return first, last
 
+# %% ../../nbs/backtest/08d_opening.ipynb #f4fef729
 def continued_backtest(
     panel: Panel,
     config: Config,
@@ -198,12 +214,7 @@ def continued_backtest(
     end_ms: int,  # open time of the last bar, UTC ms
 ) -> Continued:
     "The vector backtest from an opening on; raises `DataError` where bars are missing."
-    step_ms = timeframe_ms(panel.timeframe)
-    first, last = ((each - int(panel.open_time_ms[0])) // step_ms for each in (opening.row_ms, end_ms))
-    if not 0 <= first < last < panel.shape[0]:
-        span = f"{format_utc(int(panel.open_time_ms[0]))} to {format_utc(int(panel.open_time_ms[-1]))}"
-        asked = f"bars from {format_utc(opening.row_ms)} to {format_utc(end_ms)}"
-        raise DataError(f"{asked}: {panel.origin} has {span}; expected all of them, and more than one: `xsmom data sync`")
+    first, last = _rows_between(panel, opening.row_ms, end_ms)
     seen = panel.slice(end_ms=end_ms)
     plan = plan_run(prepare_run(seen, config), config)
     plan = plan._replace(flows=still_row(plan.flows, first))

@@ -5,7 +5,7 @@
 # %% ../../nbs/backtest/10_parity.ipynb #471af28a
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,6 +18,7 @@ from ..clock import DAY_MS, format_utc, timeframe_ms
 from ..config import Config
 from ..errors import DataError
 from ..exchange.frictions import REAL
+from ..live.plots import GAIN, LOSS
 from ..market.panel import Panel
 
 # %% auto #0
@@ -32,7 +33,7 @@ class Rung:
     what: str  # what is switched off
     friction: str  # its name in `Frictions`
 
-
+# %% ../../nbs/backtest/10_parity.ipynb #be12547e
 LADDER = (
     Rung("timing", "decided after the close", "delay"),
     Rung("rounding", "lots, ticks and least orders", "lots"),
@@ -49,7 +50,7 @@ LADDER = (
 MONTH_DAYS = 30.0
 BUDGET_BPS = 1.0  # of equity a month that may stay unexplained
 
-
+# %% ../../nbs/backtest/10_parity.ipynb #a70e2941
 @dataclass(frozen=True)
 class Parity:
     "An account and a backtest of the same hours, and what lies between them."
@@ -110,7 +111,32 @@ def _account_final(
     begun = float(result.equity["equity"].iloc[0])
     return float(begun * inside.iloc[-1] / inside.iloc[0])
 
+# %% ../../nbs/backtest/10_parity.ipynb #b7a43fd4
+def _stripped(
+    panel: Panel,
+    config: Config,
+    span: tuple[int | None, int | None, bool],  # first and last decision, and holdout, as `replay` has them
+    inner: Panel | None,
+) -> Iterator[tuple[Rung | None, ReplayResult]]:  # each with the rung that goes next; None: nothing is left to go
+    "Replays with all frictions, then with one less each."
+    frictions, looks = REAL, config.backtest.risk == "full"
+    for rung in (*LADDER, None):
+        yield rung, replay(panel, config, *span, inner=inner, frictions=frictions, looks=looks)
+        frictions = frictions.without(rung.friction) if rung else frictions
 
+# %% ../../nbs/backtest/10_parity.ipynb #0ca8e721
+def _finals(
+    results: list[tuple[Rung | None, ReplayResult]],
+    vector: BacktestResult,
+) -> list[tuple[str, str, str, float]]:  # name, kind, what, and the final equity with the friction; the vector's at last
+    "Where each replay ended, and the backtest."
+    found = list[tuple[str, str, str, float]]()
+    for rung, result in results:
+        name, kind, what = (rung.friction, rung.kind, rung.what) if rung else ("unexplained", "unexplained", "what is left")
+        found.append((name, kind, what, float(result.equity["equity"].iloc[-1])))
+    return [*found, ("vector", "", "", float(vector.equity["equity"].iloc[-1]))]
+
+# %% ../../nbs/backtest/10_parity.ipynb #f9f1cad4
 def parity(
     panel: Panel,
     config: Config,
@@ -125,21 +151,14 @@ def parity(
     "Take a difference apart; raises as `replay` does, `DataError` for an account that has nothing in the window."
     vector = backtest(panel, config, start_ms, end_ms, holdout)
     initial, days = config.backtest.initial_equity, len(vector.equity) * timeframe_ms(panel.timeframe) / DAY_MS
-    looks = config.backtest.risk == "full"  # else the guard's rules are out of reach, and nobody need ask it between cycles
-    frictions, results = REAL, list[tuple[Rung | None, ReplayResult]]()
-    for rung in (*LADDER, None):
-        result = replay(panel, config, start_ms, end_ms, holdout, inner=inner, frictions=frictions, looks=looks)
+    results = list[tuple[Rung | None, ReplayResult]]()
+    for rung, result in _stripped(panel, config, (start_ms, end_ms, holdout), inner):
         results.append((rung, result))
         if on_rung is not None:
             on_rung(rung.friction if rung else "none", result)
-        frictions = frictions.without(rung.friction) if rung else frictions
-    finals, real = list[tuple[str, str, str, float]](), results[0][1]
+    finals, real = _finals(results, vector), results[0][1]
     if account is not None:
-        finals.append(("account", "data", "the account against its replay", _account_final(account, real)))
-    for rung, result in results:
-        name, kind, what = (rung.friction, rung.kind, rung.what) if rung else ("unexplained", "unexplained", "what is left")
-        finals.append((name, kind, what, float(result.equity["equity"].iloc[-1])))
-    finals.append(("vector", "", "", float(vector.equity["equity"].iloc[-1])))
+        finals.insert(0, ("account", "data", "the account against its replay", _account_final(account, real)))
     paths = {rung.friction if rung else "none": result.equity["equity"] for rung, result in results}
     return Parity(_share_table(finals, initial, days), pd.DataFrame({**paths, "vector": vector.equity["equity"]}), days, real,
                   results[-1][1], vector)
@@ -169,15 +188,17 @@ def plot_parity(
     import matplotlib.pyplot as plt
 
     axes = plt.subplots(figsize=(8, 3))[1] if ax is None else ax
-    shares, level, initial = found.table["bps"], 0.0, found.real.config.backtest.initial_equity
+    shares, initial = found.table["bps"], found.real.config.backtest.initial_equity
     level = float(found.table["equity"].iloc[0]) / initial * 1e4 - 1e4
     names, edges = ["with all", *shares.index, "vector"], [level]
     for share in shares:
         edges.append(edges[-1] - share)
-    axes.bar(0, edges[0], color="tab:blue")
+    axes.use_sticky_edges = False  # else the last step ends in the frame
+    axes.bar(0, edges[0], color="0.4")
     for place, (top, bottom) in enumerate(pairwise(edges), start=1):
-        axes.bar(place, bottom - top, bottom=top, color="tab:green" if bottom > top else "tab:red")
-    axes.bar(len(names) - 1, edges[-1], color="tab:gray")
+        axes.bar(place, bottom - top, bottom=top, color=GAIN if bottom > top else LOSS)
+    axes.bar(len(names) - 1, edges[-1], color="0.7")
+    axes.axhline(0.0, color="black", lw=0.6)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set(ylabel="bps of equity")
     return axes

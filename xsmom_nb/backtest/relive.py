@@ -43,7 +43,7 @@ class Course:
     outside: tuple[Fill | LedgerEntry, ...] = ()  # trades by no order of ours, money that came or went; ascending by time
     watched: bool = True  # whether the guard looked between cycles
 
-
+# %% ../../nbs/backtest/12_relive.ipynb #7d1fc8e3
 def due_course(
     opening: Opening,
     end_row_ms: int,  # open time of the row before whose decision it ends, UTC ms
@@ -90,13 +90,13 @@ def moments(
     found += [(time_ms, CYCLE, None) for time_ms in course.cycles_ms]
     return iter(sorted(found, key=lambda moment: moment[:2]))
 
-
+# %% ../../nbs/backtest/12_relive.ipynb #d6073a07
 def _cycle(stage: Stage) -> None:
     "One hour of the live code."
     run_cycle(stage.port, stage.history, stage.state, stage.clock, stage.config, stage.recorder, "relive", wait_by(stage.clock),
               Path(os.devnull), guards=stage.frictions.exits)
 
-
+# %% ../../nbs/backtest/12_relive.ipynb #2a627e7b
 def _last_look(stage: Stage, row_ms: int) -> None:
     "What a cycle does before its snapshot."
     now_ms = stage.clock.now_ms()
@@ -105,7 +105,7 @@ def _last_look(stage: Stage, row_ms: int) -> None:
     if stage.frictions.exits:
         guard_once(stage.port, stage.state, stage.clock, stage.config, {}, "relive")
 
-
+# %% ../../nbs/backtest/12_relive.ipynb #938af919
 def go_through(
     stage: Stage,
     window: Window,
@@ -144,7 +144,7 @@ def price_gains(
         gains[fill.symbol] = gains.get(fill.symbol, 0.0) - float(fill.signed_quantity * fill.price)
     return gains
 
-
+# %% ../../nbs/backtest/12_relive.ipynb #acefd495
 def sum_by_symbol(
     amounts: Sequence[tuple[str, float]],  # symbol and amount
 ) -> dict[str, float]:
@@ -154,7 +154,18 @@ def sum_by_symbol(
         sums[symbol] = sums.get(symbol, 0.0) + amount
     return sums
 
+# %% ../../nbs/backtest/12_relive.ipynb #bd605bcc
+def _closes(panel: Panel, opening: Opening) -> dict[str, float]:
+    "The last known close of each position at the opening."
+    row = (opening.row_ms - int(panel.open_time_ms[0])) // timeframe_ms(panel.timeframe)
+    columns, found = {symbol: i for i, symbol in enumerate(panel.symbols)}, dict[str, float]()
+    opening.quantities(panel)  # raises for a position without bars
+    for position in opening.positions:
+        column = panel.close[: row + 1, columns[position.symbol]]
+        found[position.symbol] = float(column[np.flatnonzero(np.isfinite(column))[-1]])
+    return found
 
+# %% ../../nbs/backtest/12_relive.ipynb #be31ad9d
 def _lived(stage: Stage, opening: Opening, begun: float, path: pd.Series) -> Lived:
     "The books of a life; raises `DataError` when they do not balance."
     fills, entries = tuple(stage.port.fetch_fills(0)), stage.port.fetch_ledger(0)
@@ -170,17 +181,6 @@ def _lived(stage: Stage, opening: Opening, begun: float, path: pd.Series) -> Liv
         raise DataError(f"hours from {format_utc(opening.time_ms)} lived again: fills, closes and funding explain all of the "
                         f"equity but {apart:.8f}; expected at most {BALANCE}: a fault of this program")
     return lived
-
-
-def _closes(panel: Panel, opening: Opening) -> dict[str, float]:
-    "The last known close of each position at the opening."
-    row = (opening.row_ms - int(panel.open_time_ms[0])) // timeframe_ms(panel.timeframe)
-    columns, found = {symbol: i for i, symbol in enumerate(panel.symbols)}, dict[str, float]()
-    opening.quantities(panel)  # raises for a position without bars
-    for position in opening.positions:
-        column = panel.close[: row + 1, columns[position.symbol]]
-        found[position.symbol] = float(column[np.flatnonzero(np.isfinite(column))[-1]])
-    return found
 
 # %% ../../nbs/backtest/12_relive.ipynb #3d674035
 def relive(

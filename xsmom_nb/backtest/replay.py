@@ -59,7 +59,7 @@ OUT_OF_REACH: dict[str, Any] = {
     "throttle.max_losing_streak": 1000, "throttle.max_entries_per_cycle": None,
 }  # fmt: skip
 
-
+# %% ../../nbs/backtest/09_replay.ipynb #edcd45a5
 def replay_config(
     config: Config,
     frictions: Frictions = REAL,
@@ -75,7 +75,7 @@ def replay_config(
         values |= {"execution.order_type": "limit", "execution.post_only": True}
     return with_values(config, values)
 
-# %% ../../nbs/backtest/09_replay.ipynb #cf328862
+# %% ../../nbs/backtest/09_replay.ipynb #48da369a
 class _Kept:
     "A recorder that keeps decisions in memory, or none."
 
@@ -87,7 +87,7 @@ class _Kept:
         if self.wanted:
             self.decisions.append(decided)
 
-
+# %% ../../nbs/backtest/09_replay.ipynb #2172f365
 @dataclass(frozen=True)
 class Stage:
     "What a replay plays on."
@@ -196,7 +196,7 @@ class _Diary:
         self.looks_ms.append(time_ms)
         self.looks.append(equity)
 
-
+# %% ../../nbs/backtest/09_replay.ipynb #b1c360fe
 def look_at_bars(stage: Stage, heard: HeardBars, time_ms: int) -> None:
     "Let the guard look, or carry its exits out as arithmetic does."
     if stage.frictions.exits:
@@ -207,7 +207,22 @@ def look_at_bars(stage: Stage, heard: HeardBars, time_ms: int) -> None:
         closes = yardsticks_of(stage.panel.slice(end_ms=time_ms - step_ms), stage.config)
     leave_inside(stage.port, stage.state, stage.clock, stage.config, heard, closes)
 
+# %% ../../nbs/backtest/09_replay.ipynb #45f366ca
+def _look_between(
+    stage: Stage,
+    diary: _Diary,
+    close_ms: int,  # of the bar that is played, UTC ms
+    heard_ms: int,  # up to when bars were heard, UTC ms
+) -> int:  # the same, afterwards
+    "Let the clock run through one bar, and somebody look at each stop."
+    for time_ms in stops_between(stage, close_ms):
+        stage.clock.set(time_ms)
+        look_at_bars(stage, HeardBars(stage.market, stage.panel.symbols, stage.panel.timeframe, heard_ms, time_ms), time_ms)
+        heard_ms = time_ms
+        diary.look(time_ms, float(stage.port.fetch_account().equity))
+    return heard_ms
 
+# %% ../../nbs/backtest/09_replay.ipynb #60218ece
 def _play(
     stage: Stage,
     window: Window,
@@ -219,12 +234,7 @@ def _play(
     step_ms, diary, heard_ms = timeframe_ms(stage.panel.timeframe), _Diary(), stage.clock.now_ms()
     for row_ms in range(window.start_ms, window.end_ms + 1, step_ms):
         if looks and row_ms > window.start_ms:
-            for time_ms in stops_between(stage, row_ms + step_ms):
-                stage.clock.set(time_ms)
-                heard = HeardBars(stage.market, stage.panel.symbols, stage.panel.timeframe, heard_ms, time_ms)
-                look_at_bars(stage, heard, time_ms)
-                heard_ms = time_ms
-                diary.look(time_ms, float(stage.port.fetch_account().equity))
+            heard_ms = _look_between(stage, diary, row_ms + step_ms, heard_ms)
         stage.clock.set(row_ms + step_ms + delay_ms)
         report = run_cycle(stage.port, stage.history, stage.state, stage.clock, stage.config, stage.recorder, "replay",
                            wait_by(stage.clock), Path(os.devnull), guards=stage.frictions.exits)
@@ -234,9 +244,66 @@ def _play(
     return diary
 
 # %% ../../nbs/backtest/09_replay.ipynb #59a5fe5a
+def _closes(panel: Panel, index: pd.DatetimeIndex) -> np.ndarray:
+    "The last known close of each symbol in each row, NaN before there is one, shape (R, N)."
+    return panel.frame("close").ffill().loc[index].to_numpy()
+
+# %% ../../nbs/backtest/09_replay.ipynb #b70a1c16
+def _quantities(panel: Panel, held: list[tuple[Position, ...]]) -> np.ndarray:
+    "What was held after each cycle, base units, shape (R, N)."
+    columns, out = {symbol: i for i, symbol in enumerate(panel.symbols)}, np.zeros((len(held), panel.shape[1]))
+    for row, positions in enumerate(held):
+        for position in positions:
+            out[row, columns[position.symbol]] = float(position.quantity)
+    return out
+
+# %% ../../nbs/backtest/09_replay.ipynb #4643749a
+def _last_price(stage: Stage, column: int, time_ms: int) -> float:
+    "The last price of a symbol at a time."
+    inside = stage.market.pieces.last_price(column, time_ms) if stage.market.pieces is not None else None
+    if inside is not None:
+        return inside
+    row = (time_ms - int(stage.panel.open_time_ms[0])) // timeframe_ms(stage.panel.timeframe) - 1
+    known = np.flatnonzero(np.isfinite(stage.panel.close[: row + 1, column]))
+    return float(stage.panel.close[known[-1], column])
+
+# %% ../../nbs/backtest/09_replay.ipynb #0608e508
+def _add_fills(
+    sums: dict[str, np.ndarray],  # by what they are of, a number an hour; changed
+    stage: Stage,
+    fills: list[Fill],
+    times: np.ndarray,  # of the cycles, UTC ms, shape (R,)
+    closes: np.ndarray,  # shape (R, N)
+) -> None:
+    "Add to each hour what its fills moved."
+    columns = {symbol: i for i, symbol in enumerate(stage.panel.symbols)}
+    for fill in fills:
+        row, i, quantity = int(np.searchsorted(times, fill.time_ms)), columns[fill.symbol], float(fill.signed_quantity)
+        paid = quantity * float(fill.price)
+        sums["traded"][row] += abs(paid)
+        lost = paid - quantity * _last_price(stage, i, fill.time_ms) if fill.fill_id.endswith("-taken") else 0.0
+        beside = float(paid_beside(fill, stage.port.venue))
+        sums["fees"][row] += float(fill.fee) - beside
+        sums["slippage"][row] += lost + beside
+        sums["price"][row] += quantity * closes[row, i] - paid + lost
+
+# %% ../../nbs/backtest/09_replay.ipynb #5cfa9489
 BALANCE = 1e-6  # quote currency; what floats may lose in an hour
 
 
+def _require_balance(
+    times: np.ndarray,  # of the cycles, UTC ms, shape (R,)
+    changed: np.ndarray,  # by what the equity did, quote currency, shape (R,)
+    apart: np.ndarray,  # what of it is not explained, quote currency, shape (R,)
+) -> None:
+    "Raise `DataError` naming the first hour whose books do not balance."
+    if (wrong := np.flatnonzero(~(np.abs(apart) <= BALANCE))).size:
+        first = wrong[0]
+        said = f"the equity changed by {changed[first]:.8f}, fills, closes and funding explain all but"
+        raise DataError(f"replay, hour to {format_utc(int(times[first]))}: {said} {apart[first]:.8f} USDT; expected "
+                        f"at most {BALANCE}: the books of the paper exchange do not balance, which is a fault of this program")
+
+# %% ../../nbs/backtest/09_replay.ipynb #c4dba926
 def balanced_frame(
     stage: Stage,
     diary: _Diary,
@@ -250,72 +317,46 @@ def balanced_frame(
     closes = _closes(stage.panel, index)
     held = _quantities(stage.panel, diary.held)
     gained = np.einsum("ti,ti->t", held[:-1], np.nan_to_num(np.diff(closes, axis=0)))
-    price, sums = np.concatenate([[0.0], gained]), {name: np.zeros(rows) for name in ("traded", "fees", "slippage", "funding")}
-    columns = {symbol: i for i, symbol in enumerate(stage.panel.symbols)}
-    for fill in fills:
-        row, i, quantity = int(np.searchsorted(times, fill.time_ms)), columns[fill.symbol], float(fill.signed_quantity)
-        paid = quantity * float(fill.price)
-        sums["traded"][row] += abs(paid)
-        lost = paid - quantity * _last_price(stage, i, fill.time_ms) if fill.fill_id.endswith("-taken") else 0.0
-        beside = float(paid_beside(fill, stage.port.venue))
-        sums["fees"][row] += float(fill.fee) - beside
-        sums["slippage"][row] += lost + beside
-        price[row] += quantity * closes[row, i] - paid + lost
+    sums = {name: np.zeros(rows) for name in ("traded", "fees", "slippage", "funding")}
+    sums["price"] = np.concatenate([[0.0], gained])
+    _add_fills(sums, stage, fills, times, closes)
     for entry in entries:
         if entry.kind == "funding":
             sums["funding"][int(np.searchsorted(times, entry.time_ms))] -= float(entry.amount)
-    apart = equity - before - (price - sums["slippage"] - sums["fees"] - sums["funding"])
-    if (wrong := np.flatnonzero(~(np.abs(apart) <= BALANCE))).size:
-        said = f"the equity changed by {equity[wrong[0]] - before[wrong[0]]:.8f}, fills, closes and funding explain all but"
-        raise DataError(f"replay, hour to {format_utc(int(times[wrong[0]]))}: {said} {apart[wrong[0]]:.8f} USDT; expected "
-                        f"at most {BALANCE}: the books of the paper exchange do not balance, which is a fault of this program")
+    explained = sums["price"] - sums["slippage"] - sums["fees"] - sums["funding"]
+    _require_balance(times, equity - before, equity - before - explained)
     unpaid = equity + sums["fees"] + sums["slippage"]  # what a share is a share of
     frame = {"equity": equity, "returns": equity / before - 1.0, "turnover": sums["traded"] / unpaid}
-    return pd.DataFrame({**frame, **{name: sums[name] for name in ("fees", "slippage", "funding")}, "price": price}, index=index)
-
-# %% ../../nbs/backtest/09_replay.ipynb #b70a1c16
-def _closes(panel: Panel, index: pd.DatetimeIndex) -> np.ndarray:
-    "The last known close of each symbol in each row, NaN before there is one, shape (R, N)."
-    return panel.frame("close").ffill().loc[index].to_numpy()
-
-
-def _quantities(panel: Panel, held: list[tuple[Position, ...]]) -> np.ndarray:
-    "What was held after each cycle, base units, shape (R, N)."
-    columns, out = {symbol: i for i, symbol in enumerate(panel.symbols)}, np.zeros((len(held), panel.shape[1]))
-    for row, positions in enumerate(held):
-        for position in positions:
-            out[row, columns[position.symbol]] = float(position.quantity)
-    return out
-
-
-def _last_price(stage: Stage, column: int, time_ms: int) -> float:
-    "The last price of a symbol at a time."
-    inside = stage.market.pieces.last_price(column, time_ms) if stage.market.pieces is not None else None
-    if inside is not None:
-        return inside
-    row = (time_ms - int(stage.panel.open_time_ms[0])) // timeframe_ms(stage.panel.timeframe) - 1
-    known = np.flatnonzero(np.isfinite(stage.panel.close[: row + 1, column]))
-    return float(stage.panel.close[known[-1], column])
+    return pd.DataFrame({**frame, **{name: sums[name] for name in ("fees", "slippage", "funding", "price")}}, index=index)
 
 # %% ../../nbs/backtest/09_replay.ipynb #e83e755a
+def _closed_row(row: Any) -> dict[str, Any]:
+    "A closed trade of the state, in the columns of `trade_frame`."
+    return {"symbol": row.symbol, "side": row.side, "entry_ms": row.entry_ms, "entry_price": float(row.entry_price),
+            "exit_ms": row.exit_ms, "exit_price": float(row.exit_price), "quantity": float(row.quantity),
+            "pnl": float(row.pnl), "fees": float(row.fees), "funding": float(row.funding), "exit_reason": row.exit_reason}
+
+# %% ../../nbs/backtest/09_replay.ipynb #62f50d35
+def _open_row(row: Any, position: Position, time_ms: int) -> dict[str, Any]:
+    "A trade that is still open, in the same columns."
+    fees, funding = float(row.fees), float(row.funding)
+    pnl = float(row.realized) + float(position.unrealized) - fees - funding
+    return {"symbol": position.symbol, "side": "long" if position.quantity > 0 else "short", "entry_ms": row.opened_ms,
+            "entry_price": float(row.average_price), "exit_ms": time_ms, "exit_price": float(position.mark_price),
+            "quantity": abs(float(position.quantity)), "pnl": pnl, "fees": fees, "funding": funding, "exit_reason": "open"}
+
+# %% ../../nbs/backtest/09_replay.ipynb #ac8f3aec
 def _trade_rows(state: State, port: PaperExchange, time_ms: int) -> Iterator[dict[str, Any]]:
     "Closed trades, then those still open, in the columns of `trade_frame`."
     with state.read() as connection:
         closed = list(connection.execute(sql("SELECT * FROM trades ORDER BY exit_ms, entry_ms, symbol")))
         held = {row.symbol: row for row in connection.execute(sql("SELECT * FROM positions"))}
     for row in closed:
-        yield {"symbol": row.symbol, "side": row.side, "entry_ms": row.entry_ms, "entry_price": float(row.entry_price),
-               "exit_ms": row.exit_ms, "exit_price": float(row.exit_price), "quantity": float(row.quantity),
-               "pnl": float(row.pnl), "fees": float(row.fees), "funding": float(row.funding), "exit_reason": row.exit_reason}
+        yield _closed_row(row)
     for position in port.fetch_positions():
-        row, sign = held[position.symbol], 1 if position.quantity > 0 else -1
-        fees, funding = float(row.fees), float(row.funding)
-        pnl = float(row.realized) + float(position.unrealized) - fees - funding
-        yield {"symbol": position.symbol, "side": "long" if sign > 0 else "short", "entry_ms": row.opened_ms,
-               "entry_price": float(row.average_price), "exit_ms": time_ms, "exit_price": float(position.mark_price),
-               "quantity": abs(float(position.quantity)), "pnl": pnl, "fees": fees, "funding": funding, "exit_reason": "open"}
+        yield _open_row(held[position.symbol], position, time_ms)
 
-
+# %% ../../nbs/backtest/09_replay.ipynb #5c73f7bf
 def trades_of(
     state: State,
     port: PaperExchange,
@@ -353,7 +394,7 @@ def _fill_frame(fills: list[Fill]) -> pd.DataFrame:
         "fee": [float(fill.fee) for fill in fills], "is_maker": [fill.is_maker for fill in fills],
     }, index=pd.DatetimeIndex(times, name="time"))
 
-
+# %% ../../nbs/backtest/09_replay.ipynb #4b4292a2
 def _result(stage: Stage, diary: _Diary, window: Window, config: Config, frictions: Frictions) -> ReplayResult:
     "Put the diary of a replay into frames."
     panel, index = stage.panel, stage.panel.index[window.first_row : window.last_row + 1]

@@ -31,7 +31,7 @@ class Bars(NamedTuple):
     volume: np.ndarray  # base units
     funding: np.ndarray  # sum of the rates settled in the bar, 0 where none was
 
-
+# %% ../../nbs/backtest/17_signal.ipynb #55263d05
 ScoreRow = Callable[[Bars, int, np.ndarray], None]  # bars, the row t, and the scores of it, shape (N,), to be written
 
 
@@ -51,7 +51,7 @@ def same_choice(config: Config) -> Config:
     "A config whose number of names a side does not depend on the score."
     return with_values(config, {"strategy.dynamic_k": False})
 
-
+# %% ../../nbs/backtest/17_signal.ipynb #32eac53d
 def _require_scores(scores: np.ndarray, needed: np.ndarray, prepared: Prepared, symbols: tuple[str, ...]) -> None:
     "Raise `DataError` for the first score that is missing where the universe may ask for it."
     missing = np.argwhere(needed & ~np.isfinite(scores))
@@ -62,7 +62,17 @@ def _require_scores(scores: np.ndarray, needed: np.ndarray, prepared: Prepared, 
             f"no score for {symbols[i]} at {when}, which the universe may hold there ({missing.shape[0]:,} such); expected a "
             "finite number; give it one, such as the mean of its row, or ask for longer histories with strategy.lookbacks")
 
+# %% ../../nbs/backtest/17_signal.ipynb #8fe910f6
+def _level(scores: np.ndarray, close: np.ndarray) -> np.ndarray:  # shape (T, N), both and the result
+    "What the core has to find in place of an inverse close, row by row, for its momentum to be a score."
+    known = np.where(np.isfinite(scores), scores, np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        count = np.isfinite(known).sum(axis=1, keepdims=True)
+        centred = known - np.nansum(known, axis=1, keepdims=True) / count
+        deviation = np.sqrt(np.nansum(centred**2, axis=1, keepdims=True) / count)
+        return (1.0 + np.where(deviation > 0.0, centred / deviation, 0.0 * centred)) / close
 
+# %% ../../nbs/backtest/17_signal.ipynb #ed9b136c
 def with_score(
     prepared: Prepared,  # of the panel that the scores were made from
     config: Config,
@@ -74,14 +84,8 @@ def with_score(
     if scores.shape != market.close.shape:
         raise UsageError(f"scores of shape {scores.shape} for a panel of {market.close.shape}; expected a score a bar and symbol")
     _require_scores(scores, market.runs >= warmup_bars(config), prepared, symbols)
-    known = np.where(np.isfinite(scores), scores, np.nan)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        count = np.isfinite(known).sum(axis=1, keepdims=True)
-        centred = known - np.nansum(known, axis=1, keepdims=True) / count
-        deviation = np.sqrt(np.nansum(centred**2, axis=1, keepdims=True) / count)
-        level = (1.0 + np.where(deviation > 0.0, centred / deviation, 0.0 * centred)) / market.close
     planted = np.full(scores.shape, np.nan)
-    planted[:-lookback] = level[lookback:]
+    planted[:-lookback] = _level(scores, market.close)[lookback:]
     own = with_values(same_choice(config), {"strategy.lookbacks": [lookback], "strategy.lookback_weights": [1.0]})
     return replace(prepared, market=market._replace(inverse_close=planted)), own
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..backtest.metrics import drawdowns
 from ..files import replacing
+from ..live.plots import GAIN, LOSS
 from .breakdown import OPEN
 from .report import DailyReport
 
@@ -21,13 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['GAIN', 'LOSS', 'SHOWN', 'OVERVIEW', 'plot_worth', 'plot_days', 'plot_by_symbol', 'plot_parts', 'plot_exits',
-           'plot_held', 'save_overview']
+__all__ = ['SHOWN', 'OVERVIEW', 'plot_worth', 'plot_days', 'plot_by_symbol', 'plot_parts', 'plot_exits', 'plot_held',
+           'save_overview']
 
 # %% ../../nbs/ops/27_report_plots.ipynb #11f3b073
-GAIN, LOSS = "#2e7d32", "#c62828"
-
-
 def _nothing(axes: Axes, why: str) -> None:
     "Say that there is nothing to draw."
     axes.set(xticks=[], yticks=[])
@@ -35,7 +33,7 @@ def _nothing(axes: Axes, why: str) -> None:
 
 
 def _colours(values: pd.Series) -> list[str]:
-    "Green for gains, red for losses."
+    "Blue for gains, red for losses."
     return [GAIN if value >= 0 else LOSS for value in values]
 
 

@@ -38,7 +38,7 @@ def _redrawn(
         source[members] = rng.permutation(members) if kind == "permuted" else rng.choice(members, len(members))
     return source
 
-
+# %% ../../nbs/optimizer/06e_controls.ipynb #66509ea3
 def row_sources(
     pools: np.ndarray,  # as `row_pools` gives them, shape (T,)
     rng: np.random.Generator,
@@ -72,7 +72,7 @@ def log_returns(
     closes = np.take_along_axis(panel.close, np.maximum(before, 0), axis=0)
     return np.log(panel.close / np.where(before >= 0, closes, panel.open))
 
-
+# %% ../../nbs/optimizer/06e_controls.ipynb #4bff5ef6
 def without_drift(
     returns: np.ndarray,  # log returns, shape (T, N)
     pools: np.ndarray,  # shape (T,)

@@ -15,7 +15,17 @@ from typing import Any
 from ..clock import format_utc
 from ..compiled import source_digest
 from ..config import Config, Difference, config_digest, flatten, read_environment, require_built
-from ..deployments import Deployment, Step, deploying, deployments, find_deployment, settle_locked, steps, take_step
+from xsmom_nb.deployments import (
+    Action,
+    Deployment,
+    Step,
+    deploying,
+    deployments,
+    find_deployment,
+    settle_locked,
+    steps,
+    take_step,
+)
 from ..errors import ConfigError, RefusedError, UsageError, XsmomError
 from xsmom_nb.optimizer.versions import (
     Evidence,
@@ -58,7 +68,7 @@ class Current:
             return self.candidate
         return self.live if self.live is not None and self.live.share < 1.0 else None
 
-
+# %% ../../nbs/optimizer/08b_deploy.ipynb #ad6df93a
 def read_current(
     state: State,
     folder: Path,  # `configs`
@@ -72,7 +82,7 @@ def read_current(
         return Current(None, str(error), live, candidate, ())
     return Current(config, "", live, candidate, _edits(folder, live, config) if live else ())
 
-
+# %% ../../nbs/optimizer/08b_deploy.ipynb #4a6a8619
 def _edits(folder: Path, live: Deployment, config: Config) -> tuple[Difference, ...]:
     "What the live file says otherwise than the version it was made from."
     if (settings := _settings_of(folder, live.version)) is not None:
@@ -80,7 +90,7 @@ def _edits(folder: Path, live: Deployment, config: Config) -> tuple[Difference, 
     now = config_digest(config)
     return () if now == live.config_digest else (Difference("(the digest of all settings)", live.config_digest, now),)
 
-
+# %% ../../nbs/optimizer/08b_deploy.ipynb #bb85e1b6
 def _settings_of(folder: Path, version: str) -> Mapping[str, Any] | None:  # dotted key to value; None: its evidence is gone
     "The settings of a version."
     try:
@@ -131,7 +141,7 @@ def objections(
         said.append(f"it was taken back once, from stage {deployed.stage} that it had entered at {format_utc(deployed.since_ms)}")
     return said
 
-
+# %% ../../nbs/optimizer/08b_deploy.ipynb #9280c6e3
 def require_approval(
     evidence: Evidence,
     config: Config,  # that is live
@@ -156,14 +166,14 @@ def _standing(state: State, folder: Path, now_ms: int) -> Iterator[Current]:
         settle_locked(state, folder, now_ms)
         yield read_current(state, folder)
 
-
+# %% ../../nbs/optimizer/08b_deploy.ipynb #a6da8558
 def _readable(current: Current) -> Config:
     "The live config; raises `ConfigError` when it is none."
     if current.config is None:
         raise ConfigError(f"{current.trouble}\n(of the live config: correct it, or go back with `xsmom config rollback`)")
     return current.config
 
-
+# %% ../../nbs/optimizer/08b_deploy.ipynb #df8fd605
 def _adopted(state: State, folder: Path, current: Current, who: str, now_ms: int) -> str:
     "The name of the live config as a version, which it becomes where it is none."
     if current.live is not None and not current.edits:
@@ -185,7 +195,7 @@ def require_untouched(
                            f"{current.running.stage}: {listed(current.edits)}; undo the edit, or end the rollout with "
                            "`xsmom config rollback --reason TEXT`, which keeps the edited file as a version")
 
-
+# %% ../../nbs/optimizer/08b_deploy.ipynb #88f75cbc
 def _stage_of(current: Current, name: str | None) -> tuple[str, float]:
     "Name and share of a stage; the last where none is named."
     stages = current.stages
@@ -194,7 +204,7 @@ def _stage_of(current: Current, name: str | None) -> tuple[str, float]:
         raise UsageError(f"stage {name!r}: expected one of rollout.stages, {', '.join(stage[0] for stage in stages)}")
     return found[0], found[1]
 
-
+# %% ../../nbs/optimizer/08b_deploy.ipynb #8a750fe3
 def _put(
     state: State,
     folder: Path,
@@ -223,7 +233,7 @@ def require_forward(
                            f"{stage[0]} has fewer, and a rollout goes forward only; go back with `xsmom config rollback "
                            "--reason TEXT`")
 
-
+# %% ../../nbs/optimizer/08b_deploy.ipynb #ee1dcb40
 def require_same_version(
     version: Deployment | None,  # that is watched now
     expected: str | None,  # that was judged; None: whatever there is
@@ -251,6 +261,29 @@ def require_no_rollout(
                            "hours are over and its gates hold; overrule them with --stage NAME --force --reason TEXT")
 
 # %% ../../nbs/optimizer/08b_deploy.ipynb #ad77585b
+def _step_of(running: Deployment, action: Action, stage: tuple[str, float], who: str, reason: str, now_ms: int) -> Step:
+    "A step of the version that runs, on the evidence it began with."
+    return Step(now_ms, action, running.version, running.previous, running.config_digest, running.evidence, *stage, who, reason)
+
+# %% ../../nbs/optimizer/08b_deploy.ipynb #1788bfc3
+def _require_deployable(chosen: Version, current: Current, environ: Mapping[str, str]) -> None:
+    "Raise `RefusedError` or `ConfigError` for a version that changes nothing, or something that no version may."
+    config = _readable(current)
+    changes = tuple(changed_settings(flatten(config), chosen.config))
+    if not changes:
+        where = f" in stage {current.live.stage}" if current.live else ""
+        raise RefusedError(f"{chosen.evidence.version}: no setting differs from the config that is live{where}")
+    require_built(chosen.config)
+    require_same_account(chosen, config)
+    require_in_force(chosen, changes, environ)
+
+# %% ../../nbs/optimizer/08b_deploy.ipynb #a9fce29e
+def _became(state: State, version: str) -> Deployment | None:  # None: it was never deployed
+    "What became of a version."
+    with state.read() as connection:
+        return next((each for each in deployments(connection) if each.version == version), None)
+
+# %% ../../nbs/optimizer/08b_deploy.ipynb #ac3b5fd0
 def promote(
     state: State,
     folder: Path,  # `configs`
@@ -266,22 +299,13 @@ def promote(
     "Make a version the live config, or a candidate; raises `RefusedError`, `ConfigError`, `UsageError`, then nothing is changed."
     with _standing(state, folder, now_ms) as current:
         chosen, config, into = read_version(folder, version), _readable(current), _stage_of(current, stage)
-        changes = tuple(changed_settings(flatten(config), chosen.config))
         require_untouched(current)
         require_no_rollout(current, chosen.evidence.version, into[0], force and bool(reason.strip()))
         if current.live and current.live.version == chosen.evidence.version and current.running:
             require_forward(current.live, into)
-            return take_step(state, folder, Step(now_ms, "stage", current.live.version, current.live.previous,
-                                                 current.live.config_digest, current.live.evidence, *into, who, reason))
-        if not changes:
-            where = f" in stage {current.live.stage}" if current.live else ""
-            raise RefusedError(f"{chosen.evidence.version}: no setting differs from the config that is live{where}")
-        require_built(chosen.config)
-        require_same_account(chosen, config)
-        require_in_force(chosen, changes, os.environ if environ is None else environ)
-        with state.read() as connection:
-            before = next((each for each in deployments(connection) if each.version == chosen.evidence.version), None)
-        word = require_approval(chosen.evidence, config, before, force, reason)
+            return take_step(state, folder, _step_of(current.live, "stage", into, who, reason, now_ms))
+        _require_deployable(chosen, current, os.environ if environ is None else environ)
+        word = require_approval(chosen.evidence, config, _became(state, chosen.evidence.version), force, reason)
         return _put(state, folder, current, chosen, into, who, word, now_ms)
 
 # %% ../../nbs/optimizer/08b_deploy.ipynb #478eb1cf
@@ -313,8 +337,7 @@ def enter_stage(
             require_same_account(version, config)
             require_in_force(version, changes, os.environ if environ is None else environ)
             return _put(state, folder, current, version, (name, share), who, reason, now_ms)
-        return take_step(state, folder, Step(now_ms, "stage", running.version, running.previous, running.config_digest,
-                                             running.evidence, name, share, who, reason))
+        return take_step(state, folder, _step_of(running, "stage", (name, share), who, reason, now_ms))
 
 # %% ../../nbs/optimizer/08b_deploy.ipynb #65c26a89
 def _target_of(state: State, current: Current, version: str | None) -> str:
@@ -333,7 +356,24 @@ def _target_of(state: State, current: Current, version: str | None) -> str:
         raise RefusedError(f"{target} is the live config already")
     return target
 
+# %% ../../nbs/optimizer/08b_deploy.ipynb #66186b83
+def _way_back(state: State, folder: Path, current: Current, version: str | None) -> Version:
+    "The version that a rollback goes to, read and checked."
+    back = read_version(folder, _target_of(state, current, version))
+    if current.config is not None:
+        require_same_account(back, current.config)
+    return back
 
+# %% ../../nbs/optimizer/08b_deploy.ipynb #fbf667de
+def _overwritten(folder: Path, current: Current, now_ms: int) -> str:
+    "Keep what a rollback is about to overwrite, and say where; empty where that is a version already."
+    if current.config is None:
+        return f" [the live file was no config any more; it is kept as {keep_unreadable(folder, now_ms).name}]"
+    if current.edits:
+        return f" [the live file was edited by hand; it is kept as {keep_live(folder, source_digest(), now_ms).version}]"
+    return ""
+
+# %% ../../nbs/optimizer/08b_deploy.ipynb #6baa1544
 def rollback(
     state: State,
     folder: Path,  # `configs`
@@ -351,19 +391,14 @@ def rollback(
         settle_locked(state, folder, now_ms)
         current = read_current(state, folder)
         require_same_version(current.candidate or current.live, judged)
-        if (given_up := current.candidate) is not None:
-            step = take_step(state, folder, Step(now_ms, "withdraw", given_up.version, given_up.previous, given_up.config_digest,
-                                                 given_up.evidence, given_up.stage, 0.0, who, reason))
-            if version is None:
-                return step
-        back = read_version(folder, _target_of(state, current, version))
+        given_up = current.candidate
+        if given_up is not None and version is None:
+            return take_step(state, folder, _step_of(given_up, "withdraw", (given_up.stage, 0.0), who, reason, now_ms))
+        back = _way_back(state, folder, current, version)
+        if given_up is not None:
+            take_step(state, folder, _step_of(given_up, "withdraw", (given_up.stage, 0.0), who, reason, now_ms))
         assert current.live is not None
-        if current.config is not None:
-            require_same_account(back, current.config)
-        if current.config is None:
-            reason += f" [the live file was no config any more; it is kept as {keep_unreadable(folder, now_ms).name}]"
-        elif current.edits:
-            reason += f" [the live file was edited by hand; it is kept as {keep_live(folder, source_digest(), now_ms).version}]"
+        reason += _overwritten(folder, current, now_ms)
         now = flatten(current.config) if current.config else _settings_of(folder, current.live.version) or {}
         stage, share, _ = back.config.rollout.stages[-1]
         step = Step(now_ms, "rollback", back.evidence.version, current.live.version, back.evidence.config_digest,
@@ -380,7 +415,7 @@ class Line:
     evidence: Evidence | None  # None: it cannot be read
     trouble: str  # why not
 
-
+# %% ../../nbs/optimizer/08b_deploy.ipynb #4475c760
 @dataclass(frozen=True)
 class History:
     "All versions and all steps."
@@ -389,7 +424,7 @@ class History:
     steps: tuple[Step, ...]  # in their order
     current: Current
 
-
+# %% ../../nbs/optimizer/08b_deploy.ipynb #c7f550a3
 def history(
     state: State,
     folder: Path,  # `configs`

@@ -36,11 +36,10 @@ from .study import quiet
 from .walkforward import ground_of, path_metrics
 
 # %% auto #0
-__all__ = ['TIMEFRAME', 'BARS', 'Kind', 'KINDS', 'Bench', 'standard_bench', 'Case', 'seeds_of', 'market_of', 'reference_sharpe',
+__all__ = ['BARS', 'TIMEFRAME', 'Kind', 'KINDS', 'Bench', 'standard_bench', 'Case', 'seeds_of', 'market_of', 'reference_sharpe',
            'examine', 'try_case', 'bench_digest', 'cases_path', 'read_rows', 'run_cases']
 
 # %% ../../nbs/optimizer/10_discovery.ipynb #f6b3c758
-TIMEFRAME = "2h"
 BARS = 10_950  # two and a half years
 
 
@@ -54,6 +53,8 @@ class Bench:
     symbols: int = 12  # of any market
     names: tuple[str, ...] | None = None  # searched parameters; None: all
 
+# %% ../../nbs/optimizer/10_discovery.ipynb #bce06506
+TIMEFRAME = "2h"
 
 def standard_bench() -> Bench:
     "The bench of the proof."
@@ -84,7 +85,7 @@ class Case:
         "As in planted-2-0.7-83271."
         return "-".join([self.kind, *([] if self.level is None else [f"{self.level:g}"]), f"{self.dial:.6g}", str(self.seed)])
 
-
+# %% ../../nbs/optimizer/10_discovery.ipynb #8e0b90ab
 def seeds_of(
     seed: int,  # of the whole proof
     kind: Kind,
@@ -134,7 +135,7 @@ def _figures(found: Findings) -> dict[str, Any]:
     return {**plain, "approved": found.verdict.approved, "refused_for": [each.criterion for each in known if not each.ok],
             "changed": len(found.changed), "error": None}
 
-
+# %% ../../nbs/optimizer/10_discovery.ipynb #778fb09b
 @contextmanager
 def _hushed() -> Iterator[None]:
     "Optuna without a line for every trial: there are thousands."
@@ -146,7 +147,7 @@ def _hushed() -> Iterator[None]:
     finally:
         optuna.logging.set_verbosity(before)
 
-
+# %% ../../nbs/optimizer/10_discovery.ipynb #207eff5d
 def examine(
     panel: Panel,
     bench: Bench,
@@ -165,7 +166,7 @@ def examine(
             return {"approved": False, "refused_for": [], "error": str(error)}
     return _figures(found)
 
-
+# %% ../../nbs/optimizer/10_discovery.ipynb #d5c68f13
 def try_case(
     case: Case,
     bench: Bench,
@@ -189,7 +190,7 @@ def bench_digest(
     facts = [configs, bench.bars, bench.symbols, list(bench.names or []), source_digest(), real.digest() if real else None]
     return sha256_bytes(canonical_json(facts))
 
-
+# %% ../../nbs/optimizer/10_discovery.ipynb #616d6eed
 def cases_path(
     kept: Path,  # folder of the cases that are written down
     bench: Bench,
@@ -198,7 +199,7 @@ def cases_path(
     "The file of the cases that belong to this question."
     return kept / f"cases-{bench_digest(bench, real)[:16]}.jsonl"
 
-
+# %% ../../nbs/optimizer/10_discovery.ipynb #24d0d6be
 def read_rows(
     path: Path,
 ) -> dict[str, dict[str, Any]]:  # by the name of the case
@@ -208,7 +209,7 @@ def read_rows(
     rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
     return {row["name"]: row for row in rows}
 
-# %% ../../nbs/optimizer/10_discovery.ipynb #616d6eed
+# %% ../../nbs/optimizer/10_discovery.ipynb #bcc04c49
 _GIVEN: dict[str, Any] = {}  # to a process, once
 
 
@@ -221,7 +222,7 @@ def _next(case: Case) -> dict[str, Any]:
     "Try a case in a process that was prepared."
     return try_case(case, _GIVEN["bench"], _GIVEN["real"])
 
-
+# %% ../../nbs/optimizer/10_discovery.ipynb #678ea9b5
 def _outcomes(
     cases: Sequence[Case],
     bench: Bench,
@@ -240,7 +241,14 @@ def _outcomes(
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../../nbs/optimizer/10_discovery.ipynb #24d0d6be
+# %% ../../nbs/optimizer/10_discovery.ipynb #e1808d44
+def _progress(cases: Sequence[Case], rows: dict[str, dict[str, Any]]) -> Progress:
+    "How many cases are done, and the highest deflated Sharpe ratio among them."
+    done = [rows[case.name] for case in cases if case.name in rows]
+    best = max((row["deflated_sharpe"] for row in done if row.get("deflated_sharpe") is not None), default=float("nan"))
+    return Progress(len(done), len(cases), best)
+
+# %% ../../nbs/optimizer/10_discovery.ipynb #8c5baa0a
 def run_cases(
     cases: Sequence[Case],
     bench: Bench,
@@ -252,15 +260,9 @@ def run_cases(
     "Try all cases that are not written down."
     path = cases_path(kept, bench, real)
     rows = read_rows(path)
-
-    def tell() -> None:
-        done = [rows[case.name] for case in cases if case.name in rows]
-        best = max((row["deflated_sharpe"] for row in done if row.get("deflated_sharpe") is not None), default=float("nan"))
-        on_progress(Progress(len(done), len(cases), best))
-
-    tell()
+    on_progress(_progress(cases, rows))
     for row in _outcomes([case for case in cases if case.name not in rows], bench, real, processes):
         append_line(path, canonical_json(row))
         rows[row["name"]] = row
-        tell()
+        on_progress(_progress(cases, rows))
     return [rows[case.name] for case in cases]

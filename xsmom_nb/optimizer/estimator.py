@@ -18,7 +18,7 @@ from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 # %% auto #0
-__all__ = ['GOOD_TRIALS', 'LAST_TRIALS', 'OTHER_TRIALS', 'quiet', 'thinned', 'divided', 'log_density', 'sampled', 'Estimator']
+__all__ = ['LAST_TRIALS', 'OTHER_TRIALS', 'GOOD_TRIALS', 'quiet', 'thinned', 'divided', 'log_density', 'sampled', 'Estimator']
 
 # %% ../../nbs/optimizer/04a_estimator.ipynb #73fc9622
 @contextmanager
@@ -29,7 +29,6 @@ def quiet() -> Iterator[None]:
         yield
 
 # %% ../../nbs/optimizer/04a_estimator.ipynb #929d45fe
-GOOD_TRIALS = 25  # at most
 LAST_TRIALS = 25  # have full weight in the estimator
 OTHER_TRIALS = 120  # whose density is to be avoided, at most
 
@@ -44,6 +43,8 @@ def thinned(
     before = np.linspace(0, len(trials) - LAST_TRIALS - 1, most - LAST_TRIALS).round().astype(int)
     return [trials[place] for place in before] + trials[-LAST_TRIALS:]
 
+# %% ../../nbs/optimizer/04a_estimator.ipynb #57cdfe6d
+GOOD_TRIALS = 25  # at most
 
 def divided(
     trials: list[FrozenTrial],  # that have ended, ascending
@@ -63,7 +64,7 @@ def _mass(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     low, high = np.where(flip, -right, left), np.where(flip, -left, right)
     return np.log(np.maximum(ndtr(high) - ndtr(low), 1e-300))
 
-
+# %% ../../nbs/optimizer/04a_estimator.ipynb #8cc8743d
 def log_density(
     estimator: Any,  # Optuna's mixture of products, a kernel for each trial
     places: dict[str, np.ndarray],  # by parameter, shape (M,)
@@ -97,7 +98,7 @@ def _between(left: np.ndarray, right: np.ndarray, random: np.random.RandomState)
     drawn = np.clip(ndtri(ndtr(low) + random.random_sample(low.shape) * (ndtr(high) - ndtr(low))), low, high)
     return np.where(flip, -drawn, drawn)
 
-
+# %% ../../nbs/optimizer/04a_estimator.ipynb #c1a37bd9
 def _column(part: Any, kernels: np.ndarray, random: np.random.RandomState) -> np.ndarray:
     "A place in one dimension for each of the kernels, by their numbers."
     if hasattr(part, "weights"):
@@ -109,7 +110,7 @@ def _column(part: Any, kernels: np.ndarray, random: np.random.RandomState) -> np
     place = part.low + np.round((place - part.low) / part.step) * part.step if part.step else place
     return np.clip(place, part.low, part.high)
 
-
+# %% ../../nbs/optimizer/04a_estimator.ipynb #fd0a931f
 def sampled(
     estimator: Any,  # Optuna's mixture of products
     random: np.random.RandomState,

@@ -35,7 +35,7 @@ class Criterion:
             return False
         return self.value >= self.limit if self.rule == "at least" else self.value <= self.limit
 
-
+# %% ../../nbs/optimizer/07_gate.ipynb #98f5e604
 @dataclass(frozen=True)
 class Verdict:
     "All questions; one bad answer refuses."
@@ -80,13 +80,13 @@ def _number(figures: Mapping[str, float], name: str, times: float = 1.0) -> floa
     value = figures.get(name)
     return None if value is None or not math.isfinite(value) else times * value
 
-
+# %% ../../nbs/optimizer/07_gate.ipynb #7627ca8b
 def _gain(evidence: Evidence) -> float | None:
     "How much higher the Sharpe ratio out of sample is."
     ours, theirs = _number(evidence.candidate, "sharpe"), _number(evidence.baseline, "sharpe")
     return None if ours is None or theirs is None else ours - theirs
 
-
+# %% ../../nbs/optimizer/07_gate.ipynb #f63f76cf
 def judge(
     evidence: Evidence,
     gate: Gate,  # limits

@@ -14,6 +14,7 @@ from ..clock import bars_per_day
 from ..errors import UsageError
 from .overfitting import backtest_overfitting
 from xsmom_nb.optimizer.sharpe import (
+    Moments,
     checked_returns,
     daily_returns,
     deflated_sharpe_ratio,
@@ -32,7 +33,12 @@ __all__ = ['DAYS', 'RecordFigures', 'judge_record', 'SearchFigures', 'judge_sear
 # %% ../../nbs/optimizer/06f_honesty.ipynb #9063c4ad
 DAYS = 365.0  # of a year
 
+# %% ../../nbs/optimizer/06f_honesty.ipynb #3d31fbe9
+def _yearly(sharpe: float) -> float:
+    "A Sharpe ratio of days as one of a year."
+    return sharpe * math.sqrt(DAYS)
 
+# %% ../../nbs/optimizer/06f_honesty.ipynb #6ac7f831
 @dataclass(frozen=True)
 class RecordFigures:
     "What an out-of-sample record is worth."
@@ -49,7 +55,7 @@ class RecordFigures:
     deflated_sharpe: float  # confidence that it is above the hurdle
     minimum_track_record_days: float | None  # days until the true Sharpe ratio were believed above 0 at 95 %
 
-
+# %% ../../nbs/optimizer/06f_honesty.ipynb #37ee3247
 def judge_record(
     returns: np.ndarray,  # stitched out-of-sample net returns of bars, shape (R,)
     timeframe: str,  # length of a bar
@@ -60,10 +66,10 @@ def judge_record(
         raise UsageError(f"{looks} looks; expected at least 1: this is one; record it with `optimizer.looks.record_look` before")
     moments = return_moments(daily_returns(returns, bars_per_day(timeframe)))
     low, high = sharpe_interval(moments, observations_per_year=DAYS)
-    hurdle, year = expected_maximum_sharpe(looks, null_variance(moments.observations)), math.sqrt(DAYS)
+    hurdle = expected_maximum_sharpe(looks, null_variance(moments.observations))
     return RecordFigures(
-        days=moments.observations, annualized_sharpe=moments.sharpe * year, annualized_low=low, annualized_high=high,
-        skewness=moments.skewness, kurtosis=moments.kurtosis, looks=looks, annualized_hurdle=hurdle * year,
+        days=moments.observations, annualized_sharpe=_yearly(moments.sharpe), annualized_low=low, annualized_high=high,
+        skewness=moments.skewness, kurtosis=moments.kurtosis, looks=looks, annualized_hurdle=_yearly(hurdle),
         probabilistic_sharpe=probabilistic_sharpe_ratio(moments), deflated_sharpe=deflated_sharpe_ratio(moments, looks),
         minimum_track_record_days=minimum_track_record(moments))
 
@@ -83,7 +89,12 @@ class SearchFigures:
     degradation_slope: float | None  # Sharpe ratio out of sample over that in sample, of the winners of all splits
     probability_of_loss: float  # share of winners that lose money out of sample
 
+# %% ../../nbs/optimizer/06f_honesty.ipynb #38980671
+def _best(days: np.ndarray) -> Moments:
+    "The moments of the trial that was best in sample; the first of equal ones."
+    return max((return_moments(row) for row in days[moving(days)]), key=lambda moments: moments.sharpe)
 
+# %% ../../nbs/optimizer/06f_honesty.ipynb #047b1dda
 def judge_search(
     returns: np.ndarray,  # in-sample net returns of bars, a row a trial, shape (P, R)
     timeframe: str,  # length of a bar
@@ -93,11 +104,10 @@ def judge_search(
     "The figures of a search; `UsageError` when it has fewer than two trials or none that traded."
     days = daily_returns(checked_returns(returns, 2, "trials"), bars_per_day(timeframe))
     overfitting, tried = backtest_overfitting(days, blocks), effective_trials(days, seed=seed)
-    best = max((return_moments(row) for row in days[moving(days)]), key=lambda moments: moments.sharpe)
-    hurdle, year = expected_maximum_sharpe(tried.number, tried.variance), math.sqrt(DAYS)
+    best, hurdle = _best(days), expected_maximum_sharpe(tried.number, tried.variance)
     return SearchFigures(
         trials=len(days), idle_trials=int((tried.labels < 0).sum()), clusters=tried.clusters,
-        independent_trials=tried.number, best_annualized_sharpe=best.sharpe * year, annualized_hurdle=hurdle * year,
+        independent_trials=tried.number, best_annualized_sharpe=_yearly(best.sharpe), annualized_hurdle=_yearly(hurdle),
         search_deflated_sharpe=deflated_sharpe_ratio(best, tried.number, tried.variance),
         overfitting_probability=overfitting.probability, probability_of_loss=overfitting.probability_of_loss,
         degradation_slope=overfitting.degradation[0] if overfitting.degradation else None)

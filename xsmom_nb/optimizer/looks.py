@@ -31,7 +31,7 @@ def symbols_digest(
     "A name for a set of symbols."
     return sha256_bytes(canonical_json(sorted(set(symbols))))
 
-
+# %% ../../nbs/optimizer/06d_looks.ipynb #83dd1c11
 class Span(BaseModel):
     "A stretch of some data."
 
@@ -86,14 +86,14 @@ class Look(BaseModel):
     previous: str | None  # digest of the line before; null for the first
     digest: str = ""  # SHA-256 of the canonical JSON of everything above
 
-
+# %% ../../nbs/optimizer/06d_looks.ipynb #64287962
 def look_digest(
     look: Look,
 ) -> str:  # SHA-256, 64 hexadecimal digits
     "The digest that a line must carry."
     return sha256_bytes(canonical_json(look.model_dump(mode="json", exclude={"digest"})))
 
-
+# %% ../../nbs/optimizer/06d_looks.ipynb #0470a837
 def look_line(
     look: Look,
 ) -> bytes:  # without the newline
@@ -111,7 +111,7 @@ def _broken(
         f"{path}, line {number}: {what}; the registry of looks is only ever appended to; restore it from a backup, "
         "or begin a new one and count the holdout as used")
 
-
+# %% ../../nbs/optimizer/06d_looks.ipynb #882f7800
 def _parsed(
     path: Path,
     number: int,  # of the line, from 1
@@ -196,7 +196,7 @@ def looks_at(
 
     return [look for look in looks if concerns(look) and look.span.overlaps(first_ms, last_ms)]
 
-
+# %% ../../nbs/optimizer/06d_looks.ipynb #e32108fd
 def count_trials(
     looks: Iterable[Look],
 ) -> int:  # at least 0

@@ -32,7 +32,7 @@ from .scoring import Score, score_configs
 from .space import changed_parameters, point_of_trial
 from .stress import StressReport, stress
 from .study import finished
-from .walkforward import Ground, OnStudy, WalkForward, path_metrics, study_names, walk
+from .walkforward import Ground, OnStudy, Walked, WalkForward, path_metrics, study_names, walk
 from ..state import State
 
 # %% auto #0
@@ -97,7 +97,7 @@ class Holdout:
     candidate: Score
     baseline: Score
 
-
+# %% ../../nbs/optimizer/07b_pipeline.ipynb #dd9b7374
 def look_at_holdout(
     panel: Panel,  # with the holdout
     ground: Ground,
@@ -114,10 +114,14 @@ def look_at_holdout(
     scores = dict(score_configs(prepared, [candidate, ground.base], rows.first, rows.end, ground.threads))
     return Holdout(looks, scores[0], scores[1])
 
-# %% ../../nbs/optimizer/07b_pipeline.ipynb #dd9b7374
-Figure = TypeVar("Figure")
+# %% ../../nbs/optimizer/07b_pipeline.ipynb #0f1c9743
+def _fold_json(each: Walked) -> dict[str, Any]:
+    "A fold in plain types."
+    return {"number": each.fold.number, "train": list(each.fold.train), "test": list(each.fold.test),
+            "point": each.winner.restrained.point, "in_sample": each.winner.restrained.value,
+            "best_of_search": each.winner.found.value, "outside": each.outside.value, "baseline": each.baseline.value}
 
-
+# %% ../../nbs/optimizer/07b_pipeline.ipynb #47b788fd
 @dataclass(frozen=True)
 class Findings:
     "What a run of the optimizer has found."
@@ -140,15 +144,15 @@ class Findings:
                    (("candidate", self.holdout.candidate), ("baseline", self.holdout.baseline))} if self.holdout else None
         figures = {name: asdict(each) if each else None for name, each in
                    (("record", self.record), ("baseline_record", self.baseline_record), ("search", self.search))}
-        folds = [{"number": each.fold.number, "train": list(each.fold.train), "test": list(each.fold.test),
-                  "point": each.winner.restrained.point, "in_sample": each.winner.restrained.value,
-                  "best_of_search": each.winner.found.value, "outside": each.outside.value, "baseline": each.baseline.value}
-                 for each in self.walk.folds]
         return {
-            "folds": folds, "study": self.study, "changed": self.changed, "point": self.walk.final.restrained.point,
+            "folds": [_fold_json(each) for each in self.walk.folds], "study": self.study, "changed": self.changed,
+            "point": self.walk.final.restrained.point,
             "verdict": self.verdict.as_json(),
             **figures, "stress": self.stress.as_json() if self.stress else None, "notes": list(self.notes),
             "holdout": {**sharpes, "looks": self.holdout.looks} if self.holdout and sharpes else None}
+
+# %% ../../nbs/optimizer/07b_pipeline.ipynb #57f35fec
+Figure = TypeVar("Figure")
 
 
 def _attempt(notes: list[str], what: str, compute: Callable[[], Figure]) -> Figure | None:
@@ -159,7 +163,7 @@ def _attempt(notes: list[str], what: str, compute: Callable[[], Figure]) -> Figu
         notes.append(f"{what}: {error}")
         return None
 
-
+# %% ../../nbs/optimizer/07b_pipeline.ipynb #aa3219d9
 def evidence_of(
     ground: Ground,
     result: WalkForward,
@@ -179,7 +183,7 @@ def evidence_of(
         holdout_candidate=holdout.candidate.metrics.get("sharpe") if holdout else None,
         holdout_baseline=holdout.baseline.metrics.get("sharpe") if holdout else None)
 
-# %% ../../nbs/optimizer/07b_pipeline.ipynb #0f1c9743
+# %% ../../nbs/optimizer/07b_pipeline.ipynb #974efe0c
 def _refuses(
     evidence: Evidence,
     gate: Gate,
@@ -188,7 +192,13 @@ def _refuses(
     known = [each for each in judge(evidence, gate).criteria if each.value is not None and each.limit is not None]
     return evidence.deflated_sharpe is None or not all(each.ok for each in known)
 
+# %% ../../nbs/optimizer/07b_pipeline.ipynb #a56fd01e
+def _judged(notes: list[str], paths: np.ndarray, timeframe: str, looks: int) -> RecordFigures | None:
+    "The figures of the median path, or a note why there are none."
+    path = median_path(paths)
+    return _attempt(notes, "record", lambda: judge_record(path, timeframe, looks))
 
+# %% ../../nbs/optimizer/07b_pipeline.ipynb #5bf9b231
 def optimize(
     panel: Panel,  # with the holdout
     ground: Ground,  # of the same panel
@@ -206,9 +216,7 @@ def optimize(
     result = walk(ground, storage, name, on_progress)
     candidate, symbols = result.final.config, ground.panel.symbols
     final = optuna.load_study(study_name=study_names(name, plan)[-1], storage=storage)
-    record, theirs = (_attempt(notes, "record", lambda path=path: judge_record(path, result.timeframe,
-                                                                               looks))  # type: ignore[misc]
-                      for path in (median_path(result.candidate), median_path(result.baseline)))
+    record, theirs = (_judged(notes, paths, result.timeframe, looks) for paths in (result.candidate, result.baseline))
     search, report, kept = None, None, None
 
     def evidence() -> Evidence:

@@ -41,10 +41,10 @@ def plot_history(
     axes.legend(fontsize="small", loc="lower right")
     axes.set(xlabel="trial", ylabel="score")
 
-# %% ../../nbs/optimizer/07c_plots.ipynb #fd63328a
+# %% ../../nbs/optimizer/07c_plots.ipynb #a17af3db
 def importances(
     study: optuna.Study,  # with complete trials
-) -> pd.Series:  # share of the variation among the better half, by parameter, the largest first
+) -> pd.Series:  # share of what distinguishes the best quarter, by parameter, the largest first
     "How much each parameter matters: PED-ANOVA (Watanabe, Bansal and Hutter 2023)."
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
@@ -52,7 +52,7 @@ def importances(
         found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=0.25))
     return pd.Series(found, dtype=float).sort_values(ascending=False, kind="stable")
 
-
+# %% ../../nbs/optimizer/07c_plots.ipynb #2c3adfcd
 def plot_importances(
     shares: pd.Series,  # as `importances` gives it
     axes: matplotlib.axes.Axes,
@@ -70,7 +70,7 @@ def _places(values: pd.Series, name: str) -> tuple[np.ndarray, Sequence[object]]
     jitter = 0.3 * (np.arange(len(values)) % 7 - 3) / 3
     return np.array([choices.index(value) for value in values], dtype=float) + jitter, choices
 
-
+# %% ../../nbs/optimizer/07c_plots.ipynb #7c512887
 def plot_slices(
     table: pd.DataFrame,  # as `study.trial_table` gives it
     names: Sequence[str],  # of parameters

@@ -19,13 +19,12 @@ if TYPE_CHECKING:
     import matplotlib.axes
 
 # %% auto #0
-__all__ = ['CONFIDENCE', 'LIMIT', 'DIALS', 'LEVELS', 'NAIVE_SHARPE', 'NAIVE_GAIN', 'TITLES', 'upper_limit', 'lower_limit',
+__all__ = ['CONFIDENCE', 'LEVELS', 'DIALS', 'NAIVE_SHARPE', 'NAIVE_GAIN', 'LIMIT', 'TITLES', 'upper_limit', 'lower_limit',
            'null_cases', 'scale_cases', 'scale_table', 'dial_at', 'planted_cases', 'rate_table', 'refusal_table',
            'Answer', 'answers', 'plot_power', 'plot_confidence']
 
 # %% ../../nbs/optimizer/10b_rates.ipynb #3bf9c38f
 CONFIDENCE = 0.95
-LIMIT = 0.05  # of the upper limit of false discoveries
 
 
 def upper_limit(
@@ -38,7 +37,7 @@ def upper_limit(
 
     return 1.0 if deployed >= cases else float(beta.ppf(confidence, deployed + 1, cases - deployed))
 
-
+# %% ../../nbs/optimizer/10b_rates.ipynb #995f4672
 def lower_limit(
     deployed: int,
     cases: int,
@@ -48,7 +47,6 @@ def lower_limit(
     return 1.0 - upper_limit(cases - deployed, cases, confidence)
 
 # %% ../../nbs/optimizer/10b_rates.ipynb #6f852e66
-DIALS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # planted Sharpe ratios
 
 
@@ -61,6 +59,8 @@ def null_cases(
     return [*(Case("noise", each) for each in seeds_of(seed, "noise", noise)),
             *(Case("control", each) for each in seeds_of(seed, "control", controls))]
 
+# %% ../../nbs/optimizer/10b_rates.ipynb #3f7c835a
+DIALS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 def scale_cases(
     count: int,  # markets at each setting, the same seeds at all of them
@@ -70,7 +70,7 @@ def scale_cases(
     "Markets that measure what the dial does."
     return [Case("scale", each, dial) for dial in dials for each in seeds_of(seed, "scale", count)]
 
-
+# %% ../../nbs/optimizer/10b_rates.ipynb #4d0f358a
 def scale_table(
     rows: Sequence[dict[str, Any]],  # of cases of kind `scale`
 ) -> pd.DataFrame:  # index `dial`; `sharpe` and its standard error
@@ -78,7 +78,7 @@ def scale_table(
     found = pd.DataFrame(rows).astype({"reference": float}).groupby("dial")["reference"]
     return pd.DataFrame({"sharpe": found.mean(), "standard_error": found.sem()})
 
-# %% ../../nbs/optimizer/10b_rates.ipynb #3f7c835a
+# %% ../../nbs/optimizer/10b_rates.ipynb #3b0f9367
 def dial_at(
     scale: pd.DataFrame,  # as `scale_table` gives it
     level: float,  # wanted Sharpe ratio of the reference
@@ -90,7 +90,7 @@ def dial_at(
                          "expected one between; measure more settings")
     return float(np.interp(level, means, scale.index.to_numpy(dtype=float)))
 
-
+# %% ../../nbs/optimizer/10b_rates.ipynb #91a9dffd
 def planted_cases(
     scale: pd.DataFrame,  # as `scale_table` gives it
     levels: Sequence[float],
@@ -136,6 +136,7 @@ def refusal_table(
     return table.loc[table.mean(axis=1).sort_values(ascending=False, kind="stable").index]
 
 # %% ../../nbs/optimizer/10b_rates.ipynb #7895ec30
+LIMIT = 0.05  # of the upper limit of false discoveries
 TITLES = {"noise": "synthetic markets without momentum", "control": "real markets redrawn without their order"}
 
 
@@ -156,7 +157,7 @@ class Answer:
         return (f"{self.deployed} of {self.cases} {TITLES[self.kind]} were deployed on; "
                 f"the rate is below {self.high:.1%} at {CONFIDENCE:.0%}: the promise {verdict}")
 
-
+# %% ../../nbs/optimizer/10b_rates.ipynb #4cbf3eba
 def answers(
     table: pd.DataFrame,  # as `rate_table` gives it
 ) -> list[Answer]:
@@ -186,7 +187,7 @@ def plot_power(
     axes.set_ylim(-0.03, 1.03)
     axes.legend()
 
-
+# %% ../../nbs/optimizer/10b_rates.ipynb #6b19c2d4
 def plot_confidence(
     rows: Sequence[dict[str, Any]],  # of cases that went through the pipeline
     axes: matplotlib.axes.Axes,

@@ -23,7 +23,7 @@ class Step:
     parameter: str
     value: float  # of the point without it, in sample
 
-
+# %% ../../nbs/optimizer/04d_restraint.ipynb #5a058ef8
 @dataclass(frozen=True)
 class Restrained:
     "A point that differs from its base in few parameters."
@@ -32,17 +32,17 @@ class Restrained:
     value: float  # in sample
     steps: tuple[Step, ...]  # in their order
 
-# %% ../../nbs/optimizer/04d_restraint.ipynb #5a058ef8
+# %% ../../nbs/optimizer/04d_restraint.ipynb #eac30542
 def _without(point: dict[str, Value], name: str) -> dict[str, Value]:
     "A point that leaves a parameter to its base."
     return {key: value for key, value in point.items() if key != name}
 
-
+# %% ../../nbs/optimizer/04d_restraint.ipynb #9e937f64
 def _changed(task: Task, point: dict[str, Value]) -> list[str]:
     "The parameters of a point that differ from the base."
     return changed_parameters(task.base, config_at(task.base, point))
 
-
+# %% ../../nbs/optimizer/04d_restraint.ipynb #c6cff17e
 def restrain(
     task: Task,
     point: dict[str, Value],

@@ -14,6 +14,13 @@ from ..state import State
 # %% auto #0
 __all__ = ['tell_result']
 
+# %% ../../nbs/optimizer/08c_result.ipynb #a03fde98
+def _said(study: str, verdict: Verdict, changes: int) -> str:
+    "The outcome in a sentence."
+    if verdict.approved:
+        return f"{study}: approved, {changes} parameters change; see its run for how the rollout begins"
+    return f"{study}: refused, for {', '.join(verdict.refused_for) or 'nothing was judged'}; the deployed config stays"
+
 # %% ../../nbs/optimizer/08c_result.ipynb #22931f70
 def tell_result(
     state: State,
@@ -26,11 +33,7 @@ def tell_result(
     now_ms: int,  # UTC ms
 ) -> int:  # id of the event
     "Tell people what a search has come to."
-    if verdict.approved:
-        text = f"{study}: approved, {len(changed)} parameters change; see its run for how the rollout begins"
-    else:
-        text = f"{study}: refused, for {', '.join(verdict.refused_for) or 'nothing was judged'}; the deployed config stays"
     known = {name: figure for name, figure in figures.items() if figure is not None}
     data = {**known, "changed": list(changed), "run_id": run_id, "plot": plot, "outcome": "good" if verdict.approved else ""}
     with state.write() as connection:
-        return emit(connection, now_ms, "INFO", "optimizer", text, data=data)
+        return emit(connection, now_ms, "INFO", "optimizer", _said(study, verdict, len(changed)), data=data)

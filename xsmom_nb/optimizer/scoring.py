@@ -53,13 +53,13 @@ class Score:
     returns: np.ndarray  # net, of each phase and bar, shape (F, R)
     why: str = ""  # there is no value
 
-
+# %% ../../nbs/optimizer/03_scoring.ipynb #41a5d5d5
 def _mean_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:
     "The mean of each metric over the outcomes that have it."
     found = {name: [value for each in outcomes if (value := each.metrics[name]) is not None] for name in outcomes[0].metrics}
     return {name: float(np.mean(values)) for name, values in found.items() if values}
 
-
+# %% ../../nbs/optimizer/03_scoring.ipynb #92a758c5
 def score_of(
     outcomes: Sequence[Outcome],  # one for each phase
     config: Config,  # `optimizer`

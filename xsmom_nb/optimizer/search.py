@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +61,7 @@ class Progress:
 
 OnProgress = Callable[[Progress], None]
 
-
+# %% ../../nbs/optimizer/04c_search.ipynb #42382a4e
 class Tally:
     "How far a study is; asked after each trial, it looks only at what is new."
 
@@ -87,20 +87,6 @@ class Tally:
             self._best = float(np.fmax(self._best, trial.value))
 
 # %% ../../nbs/optimizer/04c_search.ipynb #d0f28fe2
-def tell(
-    study: optuna.Study,
-    trial: Trial,
-    score: Score,
-    stopped: bool = False,  # at the rung: the score is of a part of the history
-) -> bool:  # False: it came too late
-    "Write down what a trial came to; asks again while the storage does not answer."
-    try:
-        patiently(lambda: _tell(study, trial, score, stopped))
-    except (UpdateFinishedTrialError, ValueError):
-        return False
-    return True
-
-
 def _tell(study: optuna.Study, trial: Trial, score: Score, stopped: bool) -> None:
     "Write down a reason, or figures and a value."
     if score.why:
@@ -114,6 +100,20 @@ def _tell(study: optuna.Study, trial: Trial, score: Score, stopped: bool) -> Non
         study.tell(trial, score.value)
 
 # %% ../../nbs/optimizer/04c_search.ipynb #b1e7535f
+def tell(
+    study: optuna.Study,
+    trial: Trial,
+    score: Score,
+    stopped: bool = False,  # at the rung: the score is of a part of the history
+) -> bool:  # False: it came too late
+    "Write down what a trial came to; asks again while the storage does not answer."
+    try:
+        patiently(lambda: _tell(study, trial, score, stopped))
+    except (UpdateFinishedTrialError, ValueError):
+        return False
+    return True
+
+# %% ../../nbs/optimizer/04c_search.ipynb #3477a256
 BRACKET = 24  # points that are compared at the rung
 KEPT = 8  # of them that go on
 RUNG_SHARE = 1 / 3  # of the history, the latest
@@ -126,7 +126,7 @@ def rung_row(
     "The first row of the part that is looked at first."
     return end - max(1, round((end - first) * RUNG_SHARE))
 
-
+# %% ../../nbs/optimizer/04c_search.ipynb #cdbe78fa
 def best_places(
     values: Sequence[float],  # NaN: none
     most: int,
@@ -151,7 +151,7 @@ def _run_bracket(study: optuna.Study, task: Task, bracket: Sequence[Taken]) -> N
     for place, score in zip(go_on, task.scores([bracket[place][1] for place in go_on]), strict=True):
         tell(study, bracket[place][0], score)
 
-
+# %% ../../nbs/optimizer/04c_search.ipynb #9c2470c1
 def cast_net(
     study: optuna.Study,
     task: Task,
@@ -174,6 +174,15 @@ def cast_net(
         on_progress(tally.progress())
 
 # %% ../../nbs/optimizer/04c_search.ipynb #f7c25686
+def _let_go(study: optuna.Study, task: Task, running: Iterable[tuple[Trial, Future[list[Score]]]], error: BaseException) -> None:
+    "Give back what was taken and not begun; tell the results of the rest."
+    for trial, future in running:
+        if is_outage(error) or not future.cancel():  # it is computed, or nearly
+            tell(study, trial, future.result()[0])
+        else:
+            patiently(partial(give_back, study, trial.number, task.names))
+
+# %% ../../nbs/optimizer/04c_search.ipynb #4a1a3902
 def follow_sampler(
     study: optuna.Study,
     task: Task,
@@ -193,11 +202,7 @@ def follow_sampler(
                 tell(study, running.popleft()[0], score)
                 on_progress(tally.progress())
         except BaseException as error:
-            for trial, future in running:
-                if is_outage(error) or not future.cancel():  # it is computed, or nearly
-                    tell(study, trial, future.result()[0])
-                else:
-                    patiently(partial(give_back, study, trial.number, task.names))
+            _let_go(study, task, running, error)
             raise
 
 # %% ../../nbs/optimizer/04c_search.ipynb #310866b4
@@ -217,7 +222,7 @@ def work(
                 raise
             patiently(partial(release_ours, study, task.names))
 
-
+# %% ../../nbs/optimizer/04c_search.ipynb #f8b9f562
 POLL_SECONDS = 0.5
 
 
@@ -242,7 +247,7 @@ def search(
     on_progress(patiently(Tally(study).progress))
     return study
 
-# %% ../../nbs/optimizer/04c_search.ipynb #f8b9f562
+# %% ../../nbs/optimizer/04c_search.ipynb #b57180b1
 @dataclass(frozen=True)
 class Found:
     "The best of a study."
@@ -251,7 +256,7 @@ class Found:
     point: dict[str, Value]
     value: float
 
-
+# %% ../../nbs/optimizer/04c_search.ipynb #a3ac426e
 def best_of(
     study: optuna.Study,
 ) -> Found:

@@ -46,7 +46,7 @@ class Shock:
         "Plain types."
         return asdict(self)
 
-
+# %% ../../nbs/optimizer/05b_shocks.ipynb #d54bf13f
 class Variant(NamedTuple):
     "A market and a config to be run in it."
 
@@ -111,7 +111,7 @@ def cost_multipliers(
     cube = qmc.Sobol(4, scramble=True, rng=seed).random_base2((draws - 1).bit_length())[:draws]
     return [Multipliers(*row) for row in np.vstack([high, low + cube * (high - low)]).tolist()]
 
-
+# %% ../../nbs/optimizer/05b_shocks.ipynb #82b49597
 def shock_costs(
     prepared: Prepared,
     config: Config,  # the candidate
@@ -217,7 +217,7 @@ def run_late(
             f"with; look at {prepared.origin} with `xsmom data check`")
     return series
 
-
+# %% ../../nbs/optimizer/05b_shocks.ipynb #d874d8e0
 def shock_delay(
     prepared: Prepared,
     config: Config,  # the candidate

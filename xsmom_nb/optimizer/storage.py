@@ -74,7 +74,7 @@ def mend(
     file.seek(whole)
     return size - whole
 
-# %% ../../nbs/optimizer/04_storage.ipynb #8155d0e0
+# %% ../../nbs/optimizer/04_storage.ipynb #f5bbc384
 DETAILS = (JournalOperation.SET_TRIAL_PARAM, JournalOperation.SET_TRIAL_INTERMEDIATE_VALUE, JournalOperation.SET_TRIAL_USER_ATTR)
 
 
@@ -84,7 +84,18 @@ def can_wait(
     "Whether an event is of no use to anybody before its trial has ended."
     return event["op_code"] in DETAILS and "worker" not in event.get("user_attr", {})
 
+# %% ../../nbs/optimizer/04_storage.ipynb #cf334994
+def _append(path: str, lines: str) -> None:
+    "Add whole lines to a journal that is locked; raises `StateError` when it is gone."
+    try:
+        with open(path, "rb+") as file:
+            mend(file)
+            file.write(lines.encode())
+    except FileNotFoundError as error:
+        raise StateError(f"{path}: the journal of the studies is gone; expected the file that was opened; "
+                         "bring it back, or begin the studies anew") from error
 
+# %% ../../nbs/optimizer/04_storage.ipynb #8d0b6d1b
 class Journal(JournalFileBackend):
     "A journal file that survives the death of those who write it."
 
@@ -97,21 +108,17 @@ class Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         "Add events at the end, whole lines only; raises `StateError` when the file is gone."
-        self._held += logs
+        due = self._held + logs
         if logs and all(can_wait(event) for event in logs):
+            self._held = due
             return
-        lines = "".join(json.dumps(event, separators=(",", ":")) + "\n" for event in self._held)
+        lines = "".join(json.dumps(event, separators=(",", ":")) + "\n" for event in due)
         self._lock.acquire()
         try:
-            with open(self._file_path, "rb+") as file:
-                mend(file)
-                file.write(lines.encode())
-        except FileNotFoundError as error:
-            raise StateError(f"{self._file_path}: the journal of the studies is gone; expected the file that was opened; "
-                             "bring it back, or begin the studies anew") from error
+            _append(self._file_path, lines)
         finally:
             self._lock.release()
-        self._held.clear()
+        self._held = []
 
 # %% ../../nbs/optimizer/04_storage.ipynb #d03a9200
 def _proxy(address: str) -> BaseStorage:
@@ -123,7 +130,7 @@ def _proxy(address: str) -> BaseStorage:
         raise ConfigError(f"optimizer.storage = grpc://{address}: expected grpc://host:port, as in grpc://optimizer:13000")
     return GrpcStorageProxy(host=host, port=int(port))
 
-
+# %% ../../nbs/optimizer/04_storage.ipynb #bd2a977b
 def open_storage(
     url: str | None,  # `optimizer.storage`; None: the journal
     journal: Path,  # its file
@@ -143,11 +150,7 @@ def open_storage(
         raise StateError(f"optimizer.storage = {url}: the storage cannot be opened: {first}; expected a database that answers; "
                          "start it, or correct the URL (PostgreSQL needs the extra `distributed`)") from error
 
-# %% ../../nbs/optimizer/04_storage.ipynb #d0f2f20b
-PATIENCE_SECONDS = 60.0
-Answer = TypeVar("Answer")
-
-
+# %% ../../nbs/optimizer/04_storage.ipynb #737706c6
 def is_outage(
     error: BaseException,
 ) -> bool:
@@ -158,6 +161,9 @@ def is_outage(
             kinds.append(getattr(sys.modules[module], name))
     return isinstance(error, tuple(kinds)) and not isinstance(error, FileNotFoundError)
 
+# %% ../../nbs/optimizer/04_storage.ipynb #b1aabc98
+PATIENCE_SECONDS = 60.0
+Answer = TypeVar("Answer")
 
 def patiently(
     call: Callable[[], Answer],  # may be made twice
@@ -171,7 +177,7 @@ def patiently(
                      retry=retry_if_exception(is_outage), reraise=True)
     return again(call)
 
-
+# %% ../../nbs/optimizer/04_storage.ipynb #d0f2f20b
 @contextmanager
 def reaching(
     storage: str,  # what it is called: a URL or a file

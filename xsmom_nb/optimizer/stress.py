@@ -29,12 +29,24 @@ from xsmom_nb.optimizer.resampling import (
 from .shocks import Shock, shock_costs, shock_delay, shock_symbols
 
 if TYPE_CHECKING:
+    import matplotlib.axes
     import matplotlib.figure
 
 # %% auto #0
 __all__ = ['StressReport', 'stress', 'plot_stress']
 
 # %% ../../nbs/optimizer/05c_stress.ipynb #eed50ceb
+def _by_sharpe(shock: Shock) -> float:
+    "The Sharpe ratio to order shocks by; an undefined one is the lowest."
+    sharpe = shock.metrics["sharpe"]
+    return -np.inf if sharpe is None else sharpe
+
+
+def _alone(shocks: Sequence[Shock]) -> list[Shock]:
+    "Those of shocks in which one symbol is missing, and no other."
+    return [shock for shock in shocks if len(shock.changed["symbols"]) == 1]
+
+# %% ../../nbs/optimizer/05c_stress.ipynb #e0589236
 @dataclass(frozen=True)
 class StressReport:
     "What luck and worse markets do to a candidate."
@@ -64,8 +76,7 @@ class StressReport:
     @property
     def worst_symbol(self) -> Shock:
         "The one symbol without which the Sharpe ratio is lowest; undefined counts as lowest."
-        alone = [shock for shock in self.symbols if len(shock.changed["symbols"]) == 1]
-        return min(alone, key=lambda shock: -np.inf if shock.metrics["sharpe"] is None else shock.metrics["sharpe"])
+        return min(_alone(self.symbols), key=_by_sharpe)
 
     def as_json(self) -> dict[str, Any]:
         "Plain types, the answers included."
@@ -73,7 +84,17 @@ class StressReport:
                    "worst_symbol": self.worst_symbol.name}
         return asdict(self) | answers
 
-# %% ../../nbs/optimizer/05c_stress.ipynb #e0589236
+# %% ../../nbs/optimizer/05c_stress.ipynb #6fc1aaa4
+def _as_it_is(prepared: Prepared, config: Config, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    "Returns of the bars and of the trades, unstressed; raises `DataError` where no trade was closed."
+    initial = config.backtest.initial_equity
+    series, trades = run_prepared(prepared, config, first, end)
+    earned = trade_returns(trades, series.equity, initial, first)
+    if not earned.size:
+        raise DataError(f"no trade was closed in rows {first} to {end}: expected a candidate that trades; use a longer span")
+    return bar_returns(series.equity, initial), earned
+
+# %% ../../nbs/optimizer/05c_stress.ipynb #f6cad575
 def stress(
     prepared: Prepared,
     config: Config,  # the candidate
@@ -87,11 +108,8 @@ def stress(
     threads: int | None = None,  # None: one for each core
 ) -> StressReport:
     "Stress a candidate on rows `first` to `end`; raises `DataError` for one that does not trade, or too few bars."
-    settings, year, initial = config.optimizer.stress, bars_per_year(prepared.timeframe), config.backtest.initial_equity
-    series, trades = run_prepared(prepared, config, first, end)
-    returns, earned = bar_returns(series.equity, initial), trade_returns(trades, series.equity, initial, first)
-    if not earned.size:
-        raise DataError(f"no trade was closed in rows {first} to {end}: expected a candidate that trades; use a longer span")
+    settings, year = config.optimizer.stress, bars_per_year(prepared.timeframe)
+    returns, earned = _as_it_is(prepared, config, first, end)
     seeds = np.random.SeedSequence(seed).generate_state(4).tolist()
     bootstrap = bootstrap_returns(returns, year, settings.paths, settings.block_bars, seeds[0], ruin_share)
     found = curve_metrics(returns, year)
@@ -103,6 +121,26 @@ def stress(
         tuple(shock_symbols(prepared, config, symbols, first, end, symbol_draws, seed=seeds[3], threads=threads)))
 
 # %% ../../nbs/optimizer/05c_stress.ipynb #2a217d20
+def _sharpes(shocks: Sequence[Shock]) -> list[float]:
+    "The Sharpe ratio of each shock, NaN where there is none."
+    return [np.nan if shock.metrics["sharpe"] is None else shock.metrics["sharpe"] for shock in shocks]
+
+# %% ../../nbs/optimizer/05c_stress.ipynb #fd247068
+def _draw_lines(report: StressReport, axes: matplotlib.axes.Axes) -> None:
+    "The Sharpe ratio as it is, and with fills a bar late."
+    axes.axhline(np.nan if report.sharpe is None else report.sharpe, color="0.4", linewidth=0.8, label="as it is")
+    axes.axhline(_sharpes([report.delay])[0], color="#f58518", linewidth=0.8, linestyle="--", label=report.delay.name)
+    axes.legend(fontsize="small")
+
+# %% ../../nbs/optimizer/05c_stress.ipynb #a9d0db46
+def _draw_symbols(report: StressReport, axes: matplotlib.axes.Axes) -> None:
+    "The Sharpe ratio without each symbol, lowest first; the three that matter most by name."
+    ordered = sorted(_alone(report.symbols), key=_by_sharpe)
+    axes.scatter(range(len(ordered)), _sharpes(ordered), s=14)
+    axes.set(xticks=range(min(3, len(ordered))), title="without one symbol")
+    axes.set_xticklabels([shock.changed["symbols"][0] for shock in ordered[:3]], rotation=30, fontsize="small")
+
+# %% ../../nbs/optimizer/05c_stress.ipynb #4ab1ac6c
 def plot_stress(
     report: StressReport,
 ) -> matplotlib.figure.Figure:
@@ -111,16 +149,9 @@ def plot_stress(
 
     fig, axes = plt.subplot_mosaic([["fan", "fan"], ["costs", "symbols"]], figsize=(9, 6), layout="constrained")
     plot_fan(report.bootstrap, axes["fan"])
-    sharpe = lambda shocks: [np.nan if shock.metrics["sharpe"] is None else shock.metrics["sharpe"] for shock in shocks]
-    axes["costs"].scatter([shock.changed["slippage"] for shock in report.costs], sharpe(report.costs), s=14)
+    axes["costs"].scatter([shock.changed["slippage"] for shock in report.costs], _sharpes(report.costs), s=14)
     axes["costs"].set(xlabel="slippage, times", ylabel="Sharpe ratio", title="other costs")
-    alone = [shock for shock in report.symbols if len(shock.changed["symbols"]) == 1]
-    ordered = sorted(alone, key=lambda shock: -np.inf if shock.metrics["sharpe"] is None else shock.metrics["sharpe"])
-    axes["symbols"].scatter(range(len(ordered)), sharpe(ordered), s=14)
-    axes["symbols"].set(xticks=range(min(3, len(ordered))), title="without one symbol")
-    axes["symbols"].set_xticklabels([shock.changed["symbols"][0] for shock in ordered[:3]], rotation=30, fontsize="small")
+    _draw_symbols(report, axes["symbols"])
     for name in ("costs", "symbols"):
-        axes[name].axhline(np.nan if report.sharpe is None else report.sharpe, color="0.4", linewidth=0.8, label="as it is")
-        axes[name].axhline(sharpe([report.delay])[0], color="#f58518", linewidth=0.8, linestyle="--", label=report.delay.name)
-        axes[name].legend(fontsize="small")
+        _draw_lines(report, axes[name])
     return fig

@@ -67,7 +67,7 @@ class Terms:
         "The terms of a study with this code."
         return cls(source_digest(), search_digest(config), data, first_ms, last_ms, config.optimizer.trials, seed)
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #c58c114c
 WHAT = {"code": "the code", "config": "the config", "data": "the market data", "first_ms": "the first bar",
         "last_ms": "the last bar",
         "trials": "the number of trials", "seed": "the seed"}
@@ -102,7 +102,7 @@ def start_points(
     first = list(known)[:count]
     return [*first, *(draw(count - len(first), seed, names) if count > len(first) else [])]
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #2ae6c414
 def _slot(number: int, point: dict[str, Value] | None, names: Sequence[str] | None) -> FrozenTrial:
     "A slot that waits, with its point or without one."
     facts = {"slot": number, "source": "start" if point else "sampler"}
@@ -121,7 +121,7 @@ def has_result(
     "Whether a slot is done by a trial."
     return "slot" in trial.user_attrs and (trial.state is not TrialState.FAIL or "why" in trial.user_attrs)
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #6c1f9c6c
 def finished(study: optuna.Study) -> dict[int, FrozenTrial]:  # by slot
     "The slots that have their result; a failure counts when it has a reason."
     trials = study.get_trials(deepcopy=False, states=FINISHED)
@@ -135,7 +135,7 @@ def this_worker() -> Signature:
     "The signature of this process: host, process id, when that process began, and the time."
     return {"host": socket.gethostname(), "pid": os.getpid(), "began": _own_beginning(os.getpid()), "since": time.time()}
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #f337c74d
 def _began(pid: int) -> str:
     "When a process of this host began, in its kernel's ticks; empty where there is no such process, or no telling."
     try:
@@ -149,7 +149,7 @@ def _own_beginning(pid: int) -> str:
     "When this process began; a child that was forked has another number."
     return _began(pid)
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #4607e148
 def is_ours(
     trial: FrozenTrial,
 ) -> bool:
@@ -167,7 +167,7 @@ class Signing(Estimator):
         study._storage.set_trial_user_attr(trial._trial_id, "worker", signature)
         trial.set_user_attr("worker", signature)
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #de563c9f
 def sampler(seed: int) -> Signing:
     "A sampler for a process of a study."
     with quiet():
@@ -186,7 +186,7 @@ def complete_slots(
     for number in sorted(set(range(study.user_attrs["terms"]["trials"])) - there):
         study.add_trial(_slot(number, points[number] if number < len(points) else None, names))
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #cfc53e8a
 def begin_study(
     storage: BaseStorage,
     name: str,
@@ -204,7 +204,7 @@ def begin_study(
     complete_slots(study, points, names)
     return study
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #c81a32d0
 def join_study(
     storage: BaseStorage,
     name: str,
@@ -236,12 +236,12 @@ def give_back(
         study.add_trial(_slot(trial.user_attrs["slot"], point, names))
     return True
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #db9b06ad
 def waiting(study: optuna.Study) -> list[FrozenTrial]:
     "The slots that nobody has taken, in their order."
     return study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #7f1af732
 def has_forerunner(
     study: optuna.Study,
     trial: FrozenTrial | Trial,  # that was taken
@@ -253,7 +253,7 @@ def has_forerunner(
     return any(each.user_attrs.get("slot") == slot and (each.state is not TrialState.FAIL or "why" in each.user_attrs)
                for each in study.get_trials(deepcopy=False)[:trial.number])
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #1887864a
 def take_slot(
     study: optuna.Study,
     source: str,  # `start`: the next slot must hold a point; `sampler`: it must not
@@ -288,7 +288,7 @@ def is_lost(
         return _began(worker["pid"]) != worker["began"]
     return now_seconds - worker["since"] > LOST_AFTER_SECONDS
 
-
+# %% ../../nbs/optimizer/04b_study.ipynb #f30d4600
 def release_lost(
     study: optuna.Study,
     now_seconds: float | None = None,  # since the epoch; None: now

@@ -46,7 +46,7 @@ def _figure(value: float | str | None) -> str:
     "A value for a sentence."
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-
+# %% ../../nbs/optimizer/08_versions.ipynb #a36968da
 def findings(
     verdict: Verdict,  # of the gate
 ) -> tuple[Finding, ...]:
@@ -84,7 +84,7 @@ class Evidence:
         "The settings that it was compared with."
         return {**self.settings, **{each.key: each.before for each in self.changes}}
 
-
+# %% ../../nbs/optimizer/08_versions.ipynb #4a13033a
 def _as_json(evidence: Evidence) -> dict[str, Any]:
     "Evidence as JSON, without its own digest."
     return {**asdict(evidence), "changes": [list(each) for each in evidence.changes]}
@@ -116,7 +116,7 @@ def _path(folder: Path, version: str, ending: str = ".yaml") -> Path:
     "The file of a version, or of its evidence."
     return folder / VERSIONS / (version + ending)
 
-
+# %% ../../nbs/optimizer/08_versions.ipynb #bab24497
 def _new_name(folder: Path, now_ms: int) -> str:
     "A name that no version has."
     second = now_ms // 1000
@@ -126,7 +126,7 @@ def _new_name(folder: Path, now_ms: int) -> str:
             return name
         second += 1
 
-
+# %% ../../nbs/optimizer/08_versions.ipynb #fe0d97e7
 def _write(folder: Path, content: bytes, now_ms: int, **facts: Any) -> Evidence:
     "Write a version and then its evidence."
     with locked(folder / VERSIONS / "versions"):
@@ -136,7 +136,7 @@ def _write(folder: Path, content: bytes, now_ms: int, **facts: Any) -> Evidence:
                          canonical_json({**_as_json(evidence), "digest": evidence.digest}) + b"\n")
     return evidence
 
-
+# %% ../../nbs/optimizer/08_versions.ipynb #98c8b53d
 def write_version(
     folder: Path,  # `configs`
     config: Config,  # complete
@@ -171,7 +171,7 @@ class Version:
     content: bytes  # of its file
     evidence: Evidence
 
-
+# %% ../../nbs/optimizer/08_versions.ipynb #4eb8d62a
 def changed_settings(
     before: Mapping[str, Any],  # dotted key to value, all that there were
     config: Config,  # now
@@ -181,7 +181,7 @@ def changed_settings(
     return [Difference(key, before.get(key, defaults[key]), value) for key, value in now.items()
             if before.get(key, defaults[key]) != value]
 
-
+# %% ../../nbs/optimizer/08_versions.ipynb #30aa8cc0
 def version_names(
     folder: Path,  # `configs`
 ) -> list[str]:  # ascending
@@ -189,7 +189,7 @@ def version_names(
     found = (path.stem for path in (folder / VERSIONS).glob("config_*.yaml"))
     return sorted(name for name in found if re.fullmatch(r"config_\d{8}_\d{6}", name))
 
-
+# %% ../../nbs/optimizer/08_versions.ipynb #a74c9236
 def read_version(
     folder: Path,  # `configs`
     version: str,  # its name, with or without folder and ending
@@ -211,7 +211,7 @@ def read_version(
                            f"({listed(edits)}); write these settings into a config and have it judged")
     return Version(config, content, evidence)
 
-
+# %% ../../nbs/optimizer/08_versions.ipynb #91c7dc4c
 def listed(
     changes: Iterable[Difference],
 ) -> str:
@@ -227,7 +227,7 @@ def live_content(
     path = folder / CONFIG_FILE
     return path.read_bytes() if path.is_file() else to_yaml(Config()).encode()
 
-
+# %% ../../nbs/optimizer/08_versions.ipynb #3bc29978
 def live_config(
     folder: Path,  # `configs`
 ) -> Config:
@@ -235,7 +235,7 @@ def live_config(
     path = folder / CONFIG_FILE
     return build_config(read_file(path)) if path.is_file() else Config()
 
-
+# %% ../../nbs/optimizer/08_versions.ipynb #469b26cc
 def keep_live(
     folder: Path,  # `configs`
     code_digest: str,
@@ -251,7 +251,7 @@ def keep_live(
     return _write(folder, content, now_ms, origin="kept", run_id="", approved=False, verdict=(), config_digest=digest,
                   baseline_digest=digest, code_digest=code_digest, data_digest="", settings=flatten(config), changes=())
 
-
+# %% ../../nbs/optimizer/08_versions.ipynb #768fb24f
 def keep_unreadable(
     folder: Path,  # `configs`
     now_ms: int,  # UTC ms

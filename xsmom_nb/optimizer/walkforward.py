@@ -52,7 +52,7 @@ class Ground:
         opens = self.panel.open_time_ms
         return Terms.of(self.base, self.digest, int(opens[rows.first]), int(opens[rows.end - 1]), self.seed)
 
-
+# %% ../../nbs/optimizer/04e_walkforward.ipynb #43fa808d
 def ground_of(
     panel: Panel,
     base: Config,  # the deployed config; `optimizer`
@@ -74,7 +74,7 @@ class Winner:
     restrained: Restrained  # what is proposed
     config: Config
 
-
+# %% ../../nbs/optimizer/04e_walkforward.ipynb #63cd24c3
 OnStudy = Callable[[str, Progress], None]
 
 
@@ -93,7 +93,7 @@ def learn(
     kept = restrain(task, found.point, found.value, ground.base.optimizer.gate.max_changed_parameters)
     return Winner(found, kept, config_at(ground.base, kept.point))
 
-# %% ../../nbs/optimizer/04e_walkforward.ipynb #63cd24c3
+# %% ../../nbs/optimizer/04e_walkforward.ipynb #49bcbe79
 @dataclass(frozen=True)
 class Walked:
     "One fold: what was learned, and what it was worth afterwards."
@@ -103,7 +103,7 @@ class Walked:
     outside: Score  # of the winner, in the test window
     baseline: Score  # of the deployed config, in the same window
 
-
+# %% ../../nbs/optimizer/04e_walkforward.ipynb #89dbec33
 @dataclass(frozen=True)
 class WalkForward:
     "A procedure and its record."
@@ -123,7 +123,7 @@ class WalkForward:
         "The record of the deployed config."
         return stitched([walked.baseline for walked in self.folds])
 
-
+# %% ../../nbs/optimizer/04e_walkforward.ipynb #6a9f9191
 def study_names(
     name: str,  # of the whole
     plan: FoldPlan,
@@ -131,7 +131,7 @@ def study_names(
     "The studies of a walk-forward, in their order."
     return [*(f"{name}-fold{fold.number}" for fold in plan.folds), f"{name}-final"]
 
-
+# %% ../../nbs/optimizer/04e_walkforward.ipynb #47079e6d
 def walk(
     ground: Ground,
     storage: BaseStorage,
@@ -158,7 +158,7 @@ def stitched(
     return np.hstack([
         score.returns[[path * len(score.returns) // paths for path in range(paths)]] for score in scores])
 
-
+# %% ../../nbs/optimizer/04e_walkforward.ipynb #636394a8
 def path_metrics(
     paths: np.ndarray,  # net returns, shape (paths, R)
     timeframe: str,
@@ -179,7 +179,7 @@ def fold_table(
                              for name, value in walked.winner.restrained.point.items())}
         for walked in result.folds]).set_index("fold")
 
-
+# %% ../../nbs/optimizer/04e_walkforward.ipynb #51d3a761
 def plot_record(
     result: WalkForward,
     axes: matplotlib.axes.Axes,

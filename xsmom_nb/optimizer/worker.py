@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
 import numpy as np
 import optuna
@@ -44,7 +45,7 @@ class Desk:
         seen = panel.slice(end_ms=int(panel.open_time_ms[first_holdout_row(panel, config) - 1]))
         return cls(seen, config, prepare_run(seen, config), threads)
 
-
+# %% ../../nbs/optimizer/04d_worker.ipynb #95d74ff8
 def row_at(
     panel: Panel,
     open_ms: int,  # open time of a bar, UTC ms
@@ -57,7 +58,19 @@ def row_at(
                            f"no bar that opens at {open_ms} ms; expected all bars of the study; synchronise them")
     return row
 
+# %% ../../nbs/optimizer/04d_worker.ipynb #4e5a9cdc
+def _facts(storage: BaseStorage, name: str) -> dict[str, Any]:
+    "What a study says of itself; raises `UsageError` where there is none, or nothing is written yet."
+    listed = optuna.get_all_study_names(storage)
+    if name not in listed:
+        shown = ", ".join(sorted(listed)[-5:]) or "none"
+        raise UsageError(f"study {name!r}: not in this storage; there are {shown}; begin it with `xsmom optimize`")
+    facts = optuna.load_study(storage=storage, study_name=name).user_attrs
+    if facts.get("terms") is None:
+        raise UsageError(f"study {name!r}: begun, but its terms are not written yet; wait a moment and try again")
+    return facts
 
+# %% ../../nbs/optimizer/04d_worker.ipynb #c50eb897
 def join(
     storage: BaseStorage,
     name: str,  # of the study
@@ -65,14 +78,8 @@ def join(
     seed: int,  # of this process's sampler
 ) -> tuple[optuna.Study, Task]:
     "A study of somebody else and its task; raises `UsageError` where there is none, `RefusedError` for one of other terms."
-    listed = optuna.get_all_study_names(storage)
-    if name not in listed:
-        shown = ", ".join(sorted(listed)[-5:]) or "none"
-        raise UsageError(f"study {name!r}: not in this storage; there are {shown}; begin it with `xsmom optimize`")
-    facts = optuna.load_study(storage=storage, study_name=name).user_attrs
-    kept = facts.get("terms")
-    if kept is None:
-        raise UsageError(f"study {name!r}: begun, but its terms are not written yet; wait a moment and try again")
+    facts = _facts(storage, name)
+    kept = facts["terms"]
     first, last = (row_at(desk.panel, kept[key], name) for key in ("first_ms", "last_ms"))
     digests = (desk.panel.slice(end_ms=kept["last_ms"]).digest(), desk.panel.digest())
     data = kept["data"] if kept["data"] in digests else digests[0]
@@ -90,7 +97,7 @@ class Share:
     done: int  # slots, by all
     total: int
 
-
+# %% ../../nbs/optimizer/04d_worker.ipynb #b978cc97
 def share_of(
     study: optuna.Study,
 ) -> Share:
@@ -99,12 +106,12 @@ def share_of(
                if has_result(trial)}
     return Share(study.study_name, sum(results.values()), len(results), int(study.user_attrs["terms"]["trials"]))
 
-
+# %% ../../nbs/optimizer/04d_worker.ipynb #b2546356
 def is_over(study: optuna.Study) -> bool:
     "Whether no slot is free and nobody works."
     return not study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
 
-
+# %% ../../nbs/optimizer/04d_worker.ipynb #f3ac712f
 def help_study(
     storage: BaseStorage,
     name: str,  # of the study
@@ -133,6 +140,12 @@ def help_study(
     return patiently(partial(share_of, study))
 
 # %% ../../nbs/optimizer/04d_worker.ipynb #5d06883a
+def _begun(storage: BaseStorage, pattern: str) -> list[str]:  # in the order in which they were begun
+    "The studies that match a pattern and have a slot."
+    names = [name for name in optuna.get_all_study_names(storage) if fnmatchcase(name, pattern)]
+    return [name for name in names if storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)]
+
+# %% ../../nbs/optimizer/04d_worker.ipynb #bf638c17
 def help_all(
     storage: BaseStorage,
     pattern: str,  # of the names: `weekly-*`, or one name
@@ -148,8 +161,7 @@ def help_all(
     shares: dict[str, Share] = {}
     idle_since = time.monotonic()
     while True:
-        begun = [name for name in patiently(partial(optuna.get_all_study_names, storage)) if fnmatchcase(name, pattern)]
-        fresh = [name for name in begun if name not in shares]
+        fresh = [name for name in patiently(partial(_begun, storage, pattern)) if name not in shares]
         for name in fresh:
             shares[name] = help_study(storage, name, desk, seed, wait_seconds, on_progress, wait)
             idle_since = time.monotonic()
