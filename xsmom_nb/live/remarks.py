@@ -117,8 +117,8 @@ def hour_remarks(
 def banner(
     remarks: Sequence[str],  # as `hour_remarks` gives them
 ) -> str:  # HTML
-    "The remarks of an hour under a green or a red bar."
-    colour = "#c62828" if remarks else "#2e7d32"
+    "The remarks of an hour under a blue or a red bar."
+    colour = "#d62728" if remarks else "#1f77b4"
     lines = "".join(f"<br>• {html.escape(remark)}" for remark in remarks)
     words = f"<b>Somebody should look at this</b>{lines}" if remarks else "<b>Nothing needs anybody's attention.</b>"
     return f'<div style="border-left: 6px solid {colour}; padding: 6px 12px; text-align: left">{words}</div>'
