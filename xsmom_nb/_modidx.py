@@ -1894,6 +1894,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'xsmom_nb.exchange.server._before': ( 'exchange/server.html#_before',
                                                                                 'xsmom_nb/exchange/server.py'),
                                           'xsmom_nb.exchange.server._cut': ('exchange/server.html#_cut', 'xsmom_nb/exchange/server.py'),
+                                          'xsmom_nb.exchange.server._ended_by_signal': ( 'exchange/server.html#_ended_by_signal',
+                                                                                         'xsmom_nb/exchange/server.py'),
                                           'xsmom_nb.exchange.server._forget': ( 'exchange/server.html#_forget',
                                                                                 'xsmom_nb/exchange/server.py'),
                                           'xsmom_nb.exchange.server._not_listening': ( 'exchange/server.html#_not_listening',

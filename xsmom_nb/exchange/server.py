@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import signal
 import threading
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -445,6 +446,14 @@ def _trade(server: Server, session: Session, request: Json, now_ms: int) -> None
     session.put(as_text(reply))
 
 # %% ../../nbs/exchange/13c_server.ipynb #e1235d5d
+def _ended_by_signal() -> asyncio.Event:
+    "What is set when this process is told to end; never, outside of the main thread."
+    ended = asyncio.Event()
+    if threading.current_thread() is threading.main_thread():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+    return ended
+
+
 def serve(
     simulator: Simulator,
     host: str = "127.0.0.1",
@@ -452,14 +461,16 @@ def serve(
     ready: Callable[[str], None] = print,  # is told the URL once
     until: Callable[[], bool] = lambda: False,  # asked twice a second: whether it is enough
 ) -> None:
-    "Serve until interrupted; raises `UsageError` where the port is taken."
+    "Serve until interrupted or told to end; raises `UsageError` where the port is taken."
 
     async def run() -> None:
-        server = Server(simulator)
+        server, ended = Server(simulator), _ended_by_signal()
         ready(await server.start(host, port))
         try:
-            while not until():
-                await asyncio.sleep(0.5)
+            while not ended.is_set() and not until():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        await ended.wait()
         finally:
             await server.stop()
 
