@@ -204,7 +204,7 @@ class Line(_Reader):
 
         self._pace.take("trade")
         try:
-            result = getattr(self._client, _method("post", path, signed=True))(parameters)["result"]
+            result = {**getattr(self._client, _method("post", path, signed=True))(parameters)["result"]}
         except ccxt.BaseError as error:
             code = code_of(error)
             reason = f"{code or ''} {type(error).__name__}: {str(error)[:300]}".strip()
