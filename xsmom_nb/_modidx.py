@@ -1085,6 +1085,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'xsmom_nb/exchange/bybit.py'),
                                          'xsmom_nb.exchange.bybit._interval': ( 'exchange/bybit.html#_interval',
                                                                                 'xsmom_nb/exchange/bybit.py'),
+                                         'xsmom_nb.exchange.bybit._pages': ('exchange/bybit.html#_pages', 'xsmom_nb/exchange/bybit.py'),
                                          'xsmom_nb.exchange.bybit.bars_between': ( 'exchange/bybit.html#bars_between',
                                                                                    'xsmom_nb/exchange/bybit.py'),
                                          'xsmom_nb.exchange.bybit.decimal_of': ( 'exchange/bybit.html#decimal_of',

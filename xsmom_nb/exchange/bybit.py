@@ -5,7 +5,7 @@
 # %% ../../nbs/exchange/21_bybit.ipynb #f39d4444
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol, TypeVar, cast
 
@@ -198,10 +198,15 @@ def paged(
     **query: object,
 ) -> Iterator[Row]:
     "Every row of a signed list; raises `TransientError` for one that does not end."
+    return _pages(line, path, limit, True, query)
+
+
+def _pages(line: Line, path: str, limit: int, signed: bool, query: Mapping[str, object]) -> Iterator[Row]:
+    "Every row of a list, page by page."
     cursor, seen = None, set[str]()
     for _ in range(_MOST_PAGES):
         try:
-            answer = line.read(path, signed=True, limit=limit, cursor=cursor, **query)
+            answer = line.read(path, signed=signed, limit=limit, cursor=cursor, **query)
         except DataError as error:
             if not cursor:
                 raise
@@ -279,13 +284,7 @@ def instrument_rows(
     symbol: str | None = None,  # None: all
 ) -> list[Row]:
     "Contracts as Bybit tells them."
-    rows, cursor = list[Row](), None
-    while True:
-        answer = line.read("market/instruments-info", category="linear", symbol=symbol, limit=1000, cursor=cursor)
-        rows += rows_of(answer, "market/instruments-info")
-        cursor = answer.get("nextPageCursor") or None
-        if not cursor:
-            return rows
+    return list(_pages(line, "market/instruments-info", 1000, False, {"category": "linear", "symbol": symbol}))
 
 # %% ../../nbs/exchange/21_bybit.ipynb #bc1a9f89
 Found = TypeVar("Found", Bar, FundingRate)
