@@ -66,12 +66,25 @@ def whole_of(row: Row, key: str) -> int:
     "A whole number, such as a time; raises `TransientError`."
     return int(decimal_of(row, key))
 
+# %% ../../nbs/exchange/21_bybit.ipynb #a4199906
+def _flag_of(row: Row, key: str) -> bool:
+    "A yes or no; raises `TransientError` where it is missing."
+    text_of(row, key)
+    return bool(row[key])
+
+
+def _part_of(row: Row, key: str) -> Row:
+    "A row inside of a row; raises `TransientError` where there is none."
+    if not isinstance(row.get(key), dict):
+        raise TransientError(f"an answer of the exchange has no {key}: {str(row)[:200]}; expected the row that Bybit documents")
+    return cast(Row, row[key])
+
 # %% ../../nbs/exchange/21_bybit.ipynb #008cb7e9
 def read_instrument(
     row: Row,  # of instruments-info
 ) -> Instrument:
     "A contract."
-    price, size, leverage = row["priceFilter"], row["lotSizeFilter"], row["leverageFilter"]
+    price, size, leverage = (_part_of(row, name) for name in ("priceFilter", "lotSizeFilter", "leverageFilter"))
     return Instrument(
         text_of(row, "symbol"), text_of(row, "baseCoin"), text_of(row, "quoteCoin"), text_of(row, "status"),
         decimal_of(price, "tickSize"), decimal_of(size, "qtyStep"), decimal_of(size, "minOrderQty"), decimal_of(size,
@@ -113,7 +126,7 @@ def read_order(
     force = cast(TimeInForce, text_of(row, "timeInForce"))
     return Order(
         text_of(row, "orderId"), text_of(row, "orderLinkId"), text_of(row, "symbol"), cast(Side, text_of(row, "side")), kind,
-        decimal_of(row, "qty"), price if kind == "Limit" else None, force, bool(row["reduceOnly"]), _STATUSES[status], filled,
+        decimal_of(row, "qty"), price if kind == "Limit" else None, force, _flag_of(row, "reduceOnly"), _STATUSES[status], filled,
         decimal_of(row, "avgPrice", empty="0") if filled else None, reason, whole_of(row, "createdTime"), whole_of(row,
                                                                                                                    "updatedTime"))
 
@@ -138,7 +151,7 @@ def read_fill(
         text_of(row, "execId"), text_of(row, "orderId"), text_of(row, "orderLinkId"), text_of(row, "symbol"),
         cast(Side, text_of(row, "side")), decimal_of(row, "execQty"), decimal_of(row, "execPrice"), decimal_of(row, "execFee",
                                                                                                                empty="0"),
-        bool(row["isMaker"]), whole_of(row, "execTime"))
+        _flag_of(row, "isMaker"), whole_of(row, "execTime"))
 
 # %% ../../nbs/exchange/21_bybit.ipynb #eb8a413e
 def read_transaction(
@@ -351,7 +364,7 @@ class BybitMarket(_History):
     def fetch_tickers(self) -> Sequence[Ticker]:
         "The ticker of everything that trades, ascending."
         answer = self.line.read("market/tickers", category="linear")
-        rows = [row for row in rows_of(answer, "market/tickers") if row["symbol"].endswith(self._quote)]
+        rows = [row for row in rows_of(answer, "market/tickers") if text_of(row, "symbol").endswith(self._quote)]
         read = (read_ticker(row, answer["time"]) for row in rows)
         return sorted((ticker for ticker in read if ticker), key=lambda each: each.symbol)
 
