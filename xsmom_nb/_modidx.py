@@ -1219,6 +1219,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'xsmom_nb/exchange/faults.py'),
                                           'xsmom_nb.exchange.faults.FaultRule.__post_init__': ( 'exchange/faults.html#faultrule.__post_init__',
                                                                                                 'xsmom_nb/exchange/faults.py'),
+                                          'xsmom_nb.exchange.faults._complaint': ( 'exchange/faults.html#_complaint',
+                                                                                   'xsmom_nb/exchange/faults.py'),
                                           'xsmom_nb.exchange.faults.bent': ('exchange/faults.html#bent', 'xsmom_nb/exchange/faults.py'),
                                           'xsmom_nb.exchange.faults.decided': ( 'exchange/faults.html#decided',
                                                                                 'xsmom_nb/exchange/faults.py'),
