@@ -1338,6 +1338,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'xsmom_nb/exchange/limits.py'),
                                           'xsmom_nb.exchange.limits.RateLimits.ask': ( 'exchange/limits.html#ratelimits.ask',
                                                                                        'xsmom_nb/exchange/limits.py'),
+                                          'xsmom_nb.exchange.limits._forget': ( 'exchange/limits.html#_forget',
+                                                                                'xsmom_nb/exchange/limits.py'),
                                           'xsmom_nb.exchange.limits.page_of': ( 'exchange/limits.html#page_of',
                                                                                 'xsmom_nb/exchange/limits.py'),
                                           'xsmom_nb.exchange.limits.page_size': ( 'exchange/limits.html#page_size',
