@@ -970,6 +970,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'xsmom_nb.exchange.asked.choice_of': ( 'exchange/asked.html#choice_of',
                                                                                 'xsmom_nb/exchange/asked.py'),
                                          'xsmom_nb.exchange.asked.fits': ('exchange/asked.html#fits', 'xsmom_nb/exchange/asked.py'),
+                                         'xsmom_nb.exchange.asked.index_of': ('exchange/asked.html#index_of', 'xsmom_nb/exchange/asked.py'),
                                          'xsmom_nb.exchange.asked.levels_of': ( 'exchange/asked.html#levels_of',
                                                                                 'xsmom_nb/exchange/asked.py'),
                                          'xsmom_nb.exchange.asked.named': ('exchange/asked.html#named', 'xsmom_nb/exchange/asked.py'),

@@ -19,7 +19,7 @@ _SHORTEST, _LONGEST = 3, 300  # seconds
 def _window_of(parameters: Json) -> int:  # seconds
     "How long somebody wants to be gone at most; raises `Refusal`."
     given = str(parameters.get("timeWindow", ""))
-    if not given.isdigit() or not _SHORTEST <= int(given) <= _LONGEST:
+    if not given.isdecimal() or not _SHORTEST <= int(given) <= _LONGEST:
         raise Refusal(10001, f"params error: timeWindow {given} invalid")
     return int(given)
 

@@ -16,8 +16,8 @@ from .wire import Json
 from ..ports import OrderType, Side, TimeInForce
 
 # %% auto #0
-__all__ = ['WEEK_MS', 'Item', 'amount_of', 'choice_of', 'require_simulated', 'placement_of', 'levels_of', 'named', 'span_of',
-           'within', 'fits']
+__all__ = ['WEEK_MS', 'Item', 'amount_of', 'choice_of', 'require_simulated', 'index_of', 'placement_of', 'levels_of', 'named',
+           'span_of', 'within', 'fits']
 
 # %% ../../nbs/exchange/14a_asked.ipynb #2c1086f9
 def amount_of(
@@ -70,6 +70,13 @@ def require_simulated(
         if given not in allowed:
             raise Refusal(10001, f"params error: {key} {given} is not simulated; expected {allowed[-1] or 'none'}")
 
+# %% ../../nbs/exchange/14a_asked.ipynb #eb616e96
+def index_of(
+    parameters: Json,
+) -> int:  # 0: the only position; 1, 2: the long and the short one
+    "Which position of a contract is meant; raises `Refusal`."
+    return int(choice_of({"positionIdx": str(parameters.get("positionIdx") or 0)}, "positionIdx", ("0", "1", "2")))
+
 # %% ../../nbs/exchange/14a_asked.ipynb #3d786892
 class _Price(NamedTuple):
     "How much of what, at which price, for how long."
@@ -91,21 +98,20 @@ def _price_of(parameters: Json) -> _Price:
     return _Price(kind, quantity, price, cast(TimeInForce, force))
 
 # %% ../../nbs/exchange/14a_asked.ipynb #cf011d95
-_INDEXES = ("0", "1", "2")
+_DIRECTIONS = {"1": 1, "2": 2}  # the price has to rise to the trigger, or to fall
 
 
 def _terms_of(parameters: Json) -> Terms:
     "Under which terms an order is placed; raises `Refusal`."
     trigger = amount_of(parameters, "triggerPrice") or None
-    direction = int(parameters.get("triggerDirection") or 0)
-    if trigger is not None and direction not in (1, 2):
+    direction = _DIRECTIONS.get(str(parameters.get("triggerDirection")), 0)
+    if trigger is not None and not direction:
         raise Refusal(10001, "params error: TriggerDirection invalid")
-    index = choice_of({"positionIdx": str(parameters.get("positionIdx") or 0)}, "positionIdx", _INDEXES)
     link_id = str(parameters.get("orderLinkId") or "")
     if len(link_id) > 36:
         raise Refusal(10001, "OrderLinkID invalid: at most 36 characters")
     terms = Terms(
-        link_id, int(index), close_on_trigger=bool(parameters.get("closeOnTrigger")),
+        link_id, index_of(parameters), close_on_trigger=bool(parameters.get("closeOnTrigger")),
         take_profit=amount_of(parameters, "takeProfit") or None, stop_loss=amount_of(parameters, "stopLoss") or None)
     if trigger is None:
         return terms
@@ -152,7 +158,7 @@ def span_of(
 ) -> tuple[int, int]:  # first and last moment, UTC ms
     "The stretch of time of a list; raises `Refusal`."
     given = [query.get(key) for key in ("startTime", "endTime")]
-    if any(each not in (None, "") and not str(each).isdigit() for each in given):
+    if any(each not in (None, "") and not str(each).isdecimal() for each in given):
         raise Refusal(10001, "params error: startTime or endTime invalid")
     start, end = (int(each) if each not in (None, "") else None for each in given)
     if start is None and end is None:

@@ -121,7 +121,7 @@ def page_size(
     if asked is None or asked == "":
         return rule.default
     text = str(asked)
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise Refusal(10001, f"params error: limit {text} is invalid")
     return min(int(text), rule.largest)
 

@@ -164,7 +164,7 @@ def time_of(
     text = query.get(name, "")
     if not text:
         return None
-    if not text.isdigit():
+    if not text.isdecimal():
         raise Refusal(10001, f"params error: {name} invalid")
     return int(text)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from ..clock import SimulatedClock
 from ..config import Config
-from .asked import amount_of, choice_of, fits, levels_of, named, placement_of, span_of, within
+from .asked import amount_of, choice_of, fits, index_of, levels_of, named, placement_of, span_of, within
 from .books import ZERO, deposited
 from xsmom_nb.exchange.engine import (
     MarginMode,
@@ -183,8 +183,7 @@ class _Changes(_Cancelling):
 
     def set_trading_stop(self, stop: Json, now_ms: int) -> Told:
         "Set, move or take away the levels of a position."
-        index = int(stop.get("positionIdx") or 0)
-        return self.answer(set_trading_stop(self.at(now_ms), stop["symbol"], index, *levels_of(stop)))
+        return self.answer(set_trading_stop(self.at(now_ms), stop["symbol"], index_of(stop), *levels_of(stop)))
 
     def set_leverage(self, leverage: Json, now_ms: int) -> Told:
         "Set a symbol's leverage."
@@ -298,7 +297,7 @@ def meddled(
     if name == "trade":
         return counter.create_order({"orderType": "Market", **parameters}, now_ms)
     if name == "deleverage":
-        return counter.answer(deleverage(account, parameters["symbol"], quantity, int(parameters.get("positionIdx") or 0)))
+        return counter.answer(deleverage(account, parameters["symbol"], quantity, index_of(parameters)))
     if name == "fill":
         return counter.answer(fill_waiting(account, parameters["symbol"], *named(parameters), quantity))
     if name == "liquidate":
