@@ -1881,6 +1881,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'xsmom_nb/exchange/requests.py'),
                                             'xsmom_nb.exchange.requests._lay_aside': ( 'exchange/requests.html#_lay_aside',
                                                                                        'xsmom_nb/exchange/requests.py'),
+                                            'xsmom_nb.exchange.requests._level_refusal': ( 'exchange/requests.html#_level_refusal',
+                                                                                           'xsmom_nb/exchange/requests.py'),
                                             'xsmom_nb.exchange.requests._request_of': ( 'exchange/requests.html#_request_of',
                                                                                         'xsmom_nb/exchange/requests.py'),
                                             'xsmom_nb.exchange.requests._rules': ( 'exchange/requests.html#_rules',
