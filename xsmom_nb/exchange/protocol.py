@@ -135,7 +135,7 @@ def signature(
     "HMAC-SHA256, as Bybit wants it."
     return hmac.new(secret.encode(), payload, hashlib.sha256).hexdigest()
 
-
+# %% ../../nbs/exchange/11_protocol.ipynb #04e92b40
 @dataclass(frozen=True)
 class Signed:
     "What a private request says about itself."
@@ -146,7 +146,7 @@ class Signed:
     window: str  # ms, as it came
     payload: bytes  # raw query of a GET, raw body of a POST
 
-
+# %% ../../nbs/exchange/11_protocol.ipynb #e183403e
 DEFAULT_WINDOW_MS = 5000
 
 
