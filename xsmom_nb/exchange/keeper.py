@@ -94,7 +94,21 @@ class _Doubting(_Kept):
 # %% ../../nbs/exchange/22c_keeper.ipynb #36b3a234
 _REMEMBERED = 48  # bars of a symbol that are compared when they come again
 
-class _Writing(_Doubting):
+class _Remembering(_Doubting):
+    "A keeper that remembers what it has heard."
+
+    def _remember(self, symbol: str, bar: Bar) -> None:
+        "Note a bar that was written, and whether it follows the newest one."
+        self._bars[symbol][bar.open_time_ms] = bar
+        if len(self._bars[symbol]) > _REMEMBERED:
+            del self._bars[symbol][min(self._bars[symbol])]
+        newest = self.newest.get(symbol)
+        if newest is None or bar.open_time_ms > newest + timeframe_ms(self._timeframe):
+            self._due.add(symbol)
+        self.newest[symbol] = max(bar.open_time_ms, newest or 0)
+
+# %% ../../nbs/exchange/22c_keeper.ipynb #0db29fdc
+class _Writing(_Remembering):
     "A keeper that writes what it hears."
 
     def _take(self, symbol: str, bar: Bar) -> None:
@@ -113,20 +127,10 @@ class _Writing(_Doubting):
         self._remember(symbol, bar)
         self._on_bar(symbol, bar)
 
-    def _remember(self, symbol: str, bar: Bar) -> None:
-        "Note a bar that was written, and whether it follows the newest one."
-        self._bars[symbol][bar.open_time_ms] = bar
-        if len(self._bars[symbol]) > _REMEMBERED:
-            del self._bars[symbol][min(self._bars[symbol])]
-        newest = self.newest.get(symbol)
-        if newest is None or bar.open_time_ms > newest + timeframe_ms(self._timeframe):
-            self._due.add(symbol)
-        self.newest[symbol] = max(bar.open_time_ms, newest or 0)
-
 # %% ../../nbs/exchange/22c_keeper.ipynb #b5b528dc
 _HOUR_MS, _MINUTE_MS = 3_600_000, 60_000
 
-
+# %% ../../nbs/exchange/22c_keeper.ipynb #b90edea4
 class _Hearing(_Writing):
     "A keeper that hears."
 
@@ -151,7 +155,7 @@ class _Hearing(_Writing):
 # %% ../../nbs/exchange/22c_keeper.ipynb #bbb99ceb
 _LONGEST_FUNDING_MS = 8 * _HOUR_MS
 
-
+# %% ../../nbs/exchange/22c_keeper.ipynb #019bf00e
 class _Filling(_Hearing):
     "A keeper that fills holes."
 
