@@ -22,7 +22,7 @@ __all__ = ['LONGEST_QUEUE', 'Session', 'deliver', 'heard_as']
 # %% ../../nbs/exchange/13b_sessions.ipynb #cec48bf0
 LONGEST_QUEUE = 20_000  # messages that may wait for one listener
 
-
+# %% ../../nbs/exchange/13b_sessions.ipynb #e6d54f10
 class _Socket:
     "A connection and what it may hear."
 
@@ -74,7 +74,7 @@ def _befalls_line(session: Session, fault: Fault, wait: float) -> None:
     if fault.kind == "black_hole":
         session.dead_until = until
 
-
+# %% ../../nbs/exchange/13b_sessions.ipynb #c0cde1a0
 def _copies(session: Session, text: str, fault: Fault, wait: float, copies: int) -> int:
     "How many copies of a message go out now; one that comes later is laid aside."
     if fault.kind == "late":
