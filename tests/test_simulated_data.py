@@ -52,14 +52,14 @@ def words_for(source: Store, *more: str) -> list[str]:
 
 
 @contextmanager
-def simulated(source: Store, folder: Path) -> Iterator[str]:
-    "A simulator as users start it, its clock standing; its URL."
+def simulated(source: Store, folder: Path, end: signal.Signals = signal.SIGINT) -> Iterator[str]:
+    "A simulator as users start it, its clock standing, until it is sent a signal; its URL."
     words = words_for(source, "--port", "0", "--mode", "paused", "--start", START, "--journal", str(folder / "events.jsonl"))
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment(), cwd=folder) as process:
         try:
             yield process.stdout.readline().split()[0]
         finally:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(end)
             assert process.wait(20) == 0
     lines = [json.loads(line) for path in (folder / "logs").iterdir() for line in path.read_text().splitlines()]
     assert [(line["process"], line["event"]) for line in lines][-2:] == [("simulator", "serving"), ("simulator", "ended")]
@@ -124,6 +124,12 @@ def test_a_store_is_filled_interrupted_resumed_and_brought_up_to_date(source, tm
             stored = {symbol: len(store.read_bars(symbol, "1h")) for symbol in store.symbols("1h")}
     kinds = {json.loads(line)["kind"] for line in (tmp_path / "events.jsonl").read_text().splitlines()}
     assert {"request", "side"} <= kinds
+
+
+def test_a_service_manager_ends_it_in_order_as_ctrl_c_does(source, tmp_path):
+    with simulated(source, tmp_path, signal.SIGTERM) as url:
+        advance(url, 1)
+    assert "clock" in {json.loads(line)["kind"] for line in (tmp_path / "events.jsonl").read_text().splitlines()}
 
 
 def test_what_cannot_be_served_is_said_and_nothing_listens(source, tmp_path):

@@ -15,9 +15,17 @@ __all__ = ['WINDOW_PATH', 'WATCHED_TOPIC', 'Absences']
 WINDOW_PATH, WATCHED_TOPIC = "/v5/order/disconnected-cancel-all", "dcp.future"
 _SHORTEST, _LONGEST = 3, 300  # seconds
 
+# %% ../../nbs/exchange/12i_absence.ipynb #8f67436b
+def _window_of(parameters: Json) -> int:  # seconds
+    "How long somebody wants to be gone at most; raises `Refusal`."
+    given = str(parameters.get("timeWindow", ""))
+    if not given.isdecimal() or not _SHORTEST <= int(given) <= _LONGEST:
+        raise Refusal(10001, f"params error: timeWindow {given} invalid")
+    return int(given)
 
-class Absences:
-    "Whose orders are cancelled when, because nobody listens any more."
+# %% ../../nbs/exchange/12i_absence.ipynb #fc592d8e
+class _Windows:
+    "How long each user may be gone."
 
     def __init__(
         self,
@@ -36,10 +44,11 @@ class Absences:
         "How long somebody may be gone; raises `Refusal`."
         if not self._is_allowed:
             raise Refusal(10005)
-        given = str(parameters.get("timeWindow", ""))
-        if not given.isdigit() or not _SHORTEST <= int(given) <= _LONGEST:
-            raise Refusal(10001, f"params error: timeWindow {given} invalid")
-        self._windows[user] = int(given)
+        self._windows[user] = _window_of(parameters)
+
+# %% ../../nbs/exchange/12i_absence.ipynb #a4241210
+class _Comings(_Windows):
+    "Who listens, and whose window has begun."
 
     def arrived(
         self,
@@ -58,6 +67,10 @@ class Absences:
         self._listening[user] -= 1
         if not self._listening[user] and user in self._windows:
             self._due_ms[user] = now_ms + 1000 * self._windows[user]
+
+# %% ../../nbs/exchange/12i_absence.ipynb #937564e9
+class Absences(_Comings):
+    "Whose orders are cancelled when, because nobody listens any more."
 
     def is_over(
         self,

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from decimal import Decimal, InvalidOperation
-from typing import TypeVar, cast
-
+from typing import NamedTuple, TypeVar, cast
 from .protocol import Refusal
 from .requests import Placement
 from .venue import Terms
@@ -17,8 +16,8 @@ from .wire import Json
 from ..ports import OrderType, Side, TimeInForce
 
 # %% auto #0
-__all__ = ['WEEK_MS', 'Item', 'amount_of', 'choice_of', 'require_simulated', 'placement_of', 'levels_of', 'named', 'span_of',
-           'within', 'fits']
+__all__ = ['WEEK_MS', 'Item', 'amount_of', 'choice_of', 'require_simulated', 'index_of', 'placement_of', 'levels_of', 'named',
+           'span_of', 'within', 'fits']
 
 # %% ../../nbs/exchange/14a_asked.ipynb #2c1086f9
 def amount_of(
@@ -40,7 +39,7 @@ def amount_of(
         raise Refusal(10001, f"params error: {key} invalid")
     return amount
 
-
+# %% ../../nbs/exchange/14a_asked.ipynb #4c6314fb
 def choice_of(
     parameters: Json,
     key: str,
@@ -53,8 +52,7 @@ def choice_of(
         raise Refusal(10001, f"params error: {key} invalid")
     return given
 
-# %% ../../nbs/exchange/14a_asked.ipynb #4c6314fb
-_INDEXES = ("0", "1", "2")
+# %% ../../nbs/exchange/14a_asked.ipynb #7a5e43fc
 _NOT_SIMULATED = {  # parameter to what it may be nevertheless
     "tpslMode": ("", "Full"), "slOrderType": ("", "Market"), "tpOrderType": ("", "Market"), "slLimitPrice": ("", "0"),
     "tpLimitPrice": ("", "0"), "slSize": ("", "0"), "tpSize": ("", "0"), "trailingStop": ("", "0"), "activePrice": ("", "0"),
@@ -72,34 +70,63 @@ def require_simulated(
         if given not in allowed:
             raise Refusal(10001, f"params error: {key} {given} is not simulated; expected {allowed[-1] or 'none'}")
 
-
-def placement_of(
+# %% ../../nbs/exchange/14a_asked.ipynb #eb616e96
+def index_of(
     parameters: Json,
-) -> Placement:
-    "An order from the parameters of `order/create`; raises `Refusal`."
-    require_simulated(parameters)
-    side = cast(Side, choice_of(parameters, "side", ("Buy", "Sell")))
+) -> int:  # 0: the only position; 1, 2: the long and the short one
+    "Which position of a contract is meant; raises `Refusal`."
+    return int(choice_of({"positionIdx": str(parameters.get("positionIdx") or 0)}, "positionIdx", ("0", "1", "2")))
+
+# %% ../../nbs/exchange/14a_asked.ipynb #3d786892
+class _Price(NamedTuple):
+    "How much of what, at which price, for how long."
+
+    kind: OrderType
+    quantity: Decimal
+    price: Decimal | None
+    force: TimeInForce
+
+
+def _price_of(parameters: Json) -> _Price:
+    "What an order asks of the book; raises `Refusal`."
     kind = cast(OrderType, choice_of(parameters, "orderType", ("Limit", "Market")))
     quantity = amount_of(parameters, "qty", needed=True)
     price = amount_of(parameters, "price", needed=kind == "Limit") if kind == "Limit" else None
     if not quantity or price == 0:
         raise Refusal(10001, "Qty invalid" if not quantity else "Price invalid")
     force = choice_of(parameters, "timeInForce", ("GTC", "PostOnly", "IOC", "FOK"), "IOC" if kind == "Market" else "GTC")
+    return _Price(kind, quantity, price, cast(TimeInForce, force))
+
+# %% ../../nbs/exchange/14a_asked.ipynb #cf011d95
+_DIRECTIONS = {"1": 1, "2": 2}  # the price has to rise to the trigger, or to fall
+
+
+def _terms_of(parameters: Json) -> Terms:
+    "Under which terms an order is placed; raises `Refusal`."
     trigger = amount_of(parameters, "triggerPrice") or None
-    direction = int(parameters.get("triggerDirection") or 0)
-    if trigger is not None and direction not in (1, 2):
+    direction = _DIRECTIONS.get(str(parameters.get("triggerDirection")), 0)
+    if trigger is not None and not direction:
         raise Refusal(10001, "params error: TriggerDirection invalid")
-    index = choice_of({"positionIdx": str(parameters.get("positionIdx") or 0)}, "positionIdx", _INDEXES)
     link_id = str(parameters.get("orderLinkId") or "")
     if len(link_id) > 36:
         raise Refusal(10001, "OrderLinkID invalid: at most 36 characters")
     terms = Terms(
-        link_id, int(index), close_on_trigger=bool(parameters.get("closeOnTrigger")),
+        link_id, index_of(parameters), close_on_trigger=bool(parameters.get("closeOnTrigger")),
         take_profit=amount_of(parameters, "takeProfit") or None, stop_loss=amount_of(parameters, "stopLoss") or None)
-    if trigger is not None:
-        by = str(parameters.get("triggerBy") or "LastPrice")
-        terms = replace(terms, trigger_price=trigger, trigger_direction=direction, trigger_by=by, stop_type="Stop")
-    return Placement(str(parameters["symbol"]), side, kind, quantity, price, cast(TimeInForce, force),
+    if trigger is None:
+        return terms
+    by = str(parameters.get("triggerBy") or "LastPrice")
+    return replace(terms, trigger_price=trigger, trigger_direction=direction, trigger_by=by, stop_type="Stop")
+
+# %% ../../nbs/exchange/14a_asked.ipynb #8d20255a
+def placement_of(
+    parameters: Json,
+) -> Placement:
+    "An order from the parameters of `order/create`; raises `Refusal`."
+    require_simulated(parameters)
+    side = cast(Side, choice_of(parameters, "side", ("Buy", "Sell")))
+    asked, terms = _price_of(parameters), _terms_of(parameters)
+    return Placement(str(parameters["symbol"]), side, asked.kind, asked.quantity, asked.price, asked.force,
                      bool(parameters.get("reduceOnly")) or terms.close_on_trigger, terms)
 
 # %% ../../nbs/exchange/14a_asked.ipynb #7bcba2e8
@@ -120,8 +147,6 @@ def named(
         raise Refusal(10001, "params error: orderId or orderLinkId is required")
     return order_id, link_id
 
-
-
 # %% ../../nbs/exchange/14a_asked.ipynb #4faef922
 WEEK_MS = 7 * 86_400_000
 Item = TypeVar("Item")
@@ -133,7 +158,7 @@ def span_of(
 ) -> tuple[int, int]:  # first and last moment, UTC ms
     "The stretch of time of a list; raises `Refusal`."
     given = [query.get(key) for key in ("startTime", "endTime")]
-    if any(each not in (None, "") and not str(each).isdigit() for each in given):
+    if any(each not in (None, "") and not str(each).isdecimal() for each in given):
         raise Refusal(10001, "params error: startTime or endTime invalid")
     start, end = (int(each) if each not in (None, "") else None for each in given)
     if start is None and end is None:
@@ -145,7 +170,7 @@ def span_of(
         raise Refusal(10001, "params error: the time range between startTime and endTime cannot exceed 7 days")
     return first, last
 
-
+# %% ../../nbs/exchange/14a_asked.ipynb #e7b9573a
 def within(
     items: Sequence[Item],  # ascending by time
     time_of: Callable[[Item], int],  # UTC ms

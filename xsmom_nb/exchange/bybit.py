@@ -5,7 +5,7 @@
 # %% ../../nbs/exchange/21_bybit.ipynb #f39d4444
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol, TypeVar, cast
 
@@ -35,7 +35,7 @@ from xsmom_nb.ports import (
 
 # %% auto #0
 __all__ = ['Row', 'Found', 'text_of', 'decimal_of', 'whole_of', 'read_instrument', 'read_ticker', 'read_order',
-           'is_position_stop', 'read_fill', 'read_transaction', 'read_position', 'read_account', 'paged', 'rows_of',
+           'is_position_stop', 'read_fill', 'read_transaction', 'read_position', 'read_account', 'rows_of', 'paged',
            'weekly', 'bars_between', 'rates_between', 'instrument_rows', 'BybitMarket', 'BybitExchange', 'TimeSource',
            'ExchangeClock', 'set_up']
 
@@ -49,7 +49,7 @@ def text_of(row: Row, key: str) -> str:
         raise TransientError(f"an answer of the exchange has no {key}: {str(row)[:200]}; expected the row that Bybit documents")
     return str(row[key])
 
-
+# %% ../../nbs/exchange/21_bybit.ipynb #a8da2baa
 def decimal_of(row: Row, key: str, empty: str | None = None) -> Decimal:
     "A number; `empty` stands for an empty text; raises `TransientError` where there is no number."
     given = text_of(row, key)
@@ -61,17 +61,30 @@ def decimal_of(row: Row, key: str, empty: str | None = None) -> Decimal:
         raise TransientError(f"an answer of the exchange has {key} = {given!r}; expected a finite number")
     return number
 
-
+# %% ../../nbs/exchange/21_bybit.ipynb #053c0df7
 def whole_of(row: Row, key: str) -> int:
     "A whole number, such as a time; raises `TransientError`."
     return int(decimal_of(row, key))
+
+# %% ../../nbs/exchange/21_bybit.ipynb #a4199906
+def _flag_of(row: Row, key: str) -> bool:
+    "A yes or no; raises `TransientError` where it is missing."
+    text_of(row, key)
+    return bool(row[key])
+
+
+def _part_of(row: Row, key: str) -> Row:
+    "A row inside of a row; raises `TransientError` where there is none."
+    if not isinstance(row.get(key), dict):
+        raise TransientError(f"an answer of the exchange has no {key}: {str(row)[:200]}; expected the row that Bybit documents")
+    return cast(Row, row[key])
 
 # %% ../../nbs/exchange/21_bybit.ipynb #008cb7e9
 def read_instrument(
     row: Row,  # of instruments-info
 ) -> Instrument:
     "A contract."
-    price, size, leverage = row["priceFilter"], row["lotSizeFilter"], row["leverageFilter"]
+    price, size, leverage = (_part_of(row, name) for name in ("priceFilter", "lotSizeFilter", "leverageFilter"))
     return Instrument(
         text_of(row, "symbol"), text_of(row, "baseCoin"), text_of(row, "quoteCoin"), text_of(row, "status"),
         decimal_of(price, "tickSize"), decimal_of(size, "qtyStep"), decimal_of(size, "minOrderQty"), decimal_of(size,
@@ -79,7 +92,7 @@ def read_instrument(
         decimal_of(size, "maxMktOrderQty"), decimal_of(size, "minNotionalValue"), decimal_of(leverage, "maxLeverage"),
         whole_of(row, "launchTime"), whole_of(row, "fundingInterval"))
 
-
+# %% ../../nbs/exchange/21_bybit.ipynb #426c36e6
 def read_ticker(
     row: Row,  # of tickers
     time_ms: int,
@@ -90,7 +103,7 @@ def read_ticker(
         return None
     return Ticker(text_of(row, "symbol"), time_ms, bid, ask, decimal_of(row, "lastPrice"), decimal_of(row, "markPrice"))
 
-# %% ../../nbs/exchange/21_bybit.ipynb #426c36e6
+# %% ../../nbs/exchange/21_bybit.ipynb #1e5d25a8
 _STATUSES: dict[str, OrderStatus] = {
     "New": "New", "Created": "New", "Untriggered": "New", "Triggered": "New", "PartiallyFilled": "PartiallyFilled",
     "Filled": "Filled",
@@ -113,11 +126,11 @@ def read_order(
     force = cast(TimeInForce, text_of(row, "timeInForce"))
     return Order(
         text_of(row, "orderId"), text_of(row, "orderLinkId"), text_of(row, "symbol"), cast(Side, text_of(row, "side")), kind,
-        decimal_of(row, "qty"), price if kind == "Limit" else None, force, bool(row["reduceOnly"]), _STATUSES[status], filled,
+        decimal_of(row, "qty"), price if kind == "Limit" else None, force, _flag_of(row, "reduceOnly"), _STATUSES[status], filled,
         decimal_of(row, "avgPrice", empty="0") if filled else None, reason, whole_of(row, "createdTime"), whole_of(row,
                                                                                                                    "updatedTime"))
 
-
+# %% ../../nbs/exchange/21_bybit.ipynb #69ea3ba4
 def is_position_stop(
     row: Row,  # of an order
 ) -> bool:
@@ -138,7 +151,7 @@ def read_fill(
         text_of(row, "execId"), text_of(row, "orderId"), text_of(row, "orderLinkId"), text_of(row, "symbol"),
         cast(Side, text_of(row, "side")), decimal_of(row, "execQty"), decimal_of(row, "execPrice"), decimal_of(row, "execFee",
                                                                                                                empty="0"),
-        bool(row["isMaker"]), whole_of(row, "execTime"))
+        _flag_of(row, "isMaker"), whole_of(row, "execTime"))
 
 # %% ../../nbs/exchange/21_bybit.ipynb #eb8a413e
 def read_transaction(
@@ -152,7 +165,7 @@ def read_transaction(
         "fee": -decimal_of(row, "fee", empty="0"), "funding": decimal_of(row, "funding", empty="0")}
     return [LedgerEntry(f"{name}-{kind}", time_ms, kind, symbol, amount) for kind, amount in amounts.items() if amount]
 
-
+# %% ../../nbs/exchange/21_bybit.ipynb #077e1460
 def read_position(
     row: Row,  # of position/list
 ) -> Position | None:  # None: flat
@@ -176,6 +189,17 @@ def read_account(
     return Account(decimal_of(row, "totalEquity"), decimal_of(row, "totalWalletBalance"),
                    max(decimal_of(row, "totalAvailableBalance"), Decimal(0)))
 
+# %% ../../nbs/exchange/21_bybit.ipynb #106cb599
+def rows_of(
+    answer: Row,
+    path: str,
+) -> list[Row]:
+    "The list of an answer; raises `TransientError` where there is none."
+    rows = answer.get("list")
+    if not isinstance(rows, list):
+        raise TransientError(f"{path}: an answer without a list: {str(answer)[:200]}")
+    return rows
+
 # %% ../../nbs/exchange/21_bybit.ipynb #d0c91e0b
 _MOST_PAGES = 1000
 
@@ -187,10 +211,15 @@ def paged(
     **query: object,
 ) -> Iterator[Row]:
     "Every row of a signed list; raises `TransientError` for one that does not end."
+    return _pages(line, path, limit, True, query)
+
+
+def _pages(line: Line, path: str, limit: int, signed: bool, query: Mapping[str, object]) -> Iterator[Row]:
+    "Every row of a list, page by page."
     cursor, seen = None, set[str]()
     for _ in range(_MOST_PAGES):
         try:
-            answer = line.read(path, signed=True, limit=limit, cursor=cursor, **query)
+            answer = line.read(path, signed=signed, limit=limit, cursor=cursor, **query)
         except DataError as error:
             if not cursor:
                 raise
@@ -203,17 +232,6 @@ def paged(
             break
         seen.add(cursor)
     raise TransientError(f"{path}: the list does not end (cursor {cursor!r} comes again); expected a last page")
-
-
-def rows_of(
-    answer: Row,
-    path: str,
-) -> list[Row]:
-    "The list of an answer; raises `TransientError` where there is none."
-    rows = answer.get("list")
-    if not isinstance(rows, list):
-        raise TransientError(f"{path}: an answer without a list: {str(answer)[:200]}")
-    return rows
 
 # %% ../../nbs/exchange/21_bybit.ipynb #4d8f10ae
 _WEEK_MS, _KEPT_MS = 7 * 86_400_000 - 1, 730 * 86_400_000  # what one answer spans at most, and how long the past is kept
@@ -244,7 +262,7 @@ def _interval(timeframe: str) -> str:
     "Bybit's name of a timeframe."
     return _INTERVALS.get(timeframe, str(timeframe_ms(timeframe) // 60_000))
 
-
+# %% ../../nbs/exchange/21_bybit.ipynb #188ecfbd
 def bars_between(
     line: Line,
     symbol: str,
@@ -259,7 +277,7 @@ def bars_between(
     rows = [[decimal_of({"bar": each}, "bar") for each in list(row)[:6]] for row in rows_of(answer, "market/kline")]
     return sorted((Bar(int(row[0]), *map(float, row[1:])) for row in rows), key=lambda bar: bar.open_time_ms)
 
-
+# %% ../../nbs/exchange/21_bybit.ipynb #56429fa6
 def rates_between(
     line: Line,
     symbol: str,
@@ -273,26 +291,20 @@ def rates_between(
              for row in rows_of(answer, path)]
     return sorted(rates, key=lambda rate: rate.time_ms)
 
-
+# %% ../../nbs/exchange/21_bybit.ipynb #c4255171
 def instrument_rows(
     line: Line,
     symbol: str | None = None,  # None: all
 ) -> list[Row]:
     "Contracts as Bybit tells them."
-    rows, cursor = list[Row](), None
-    while True:
-        answer = line.read("market/instruments-info", category="linear", symbol=symbol, limit=1000, cursor=cursor)
-        rows += rows_of(answer, "market/instruments-info")
-        cursor = answer.get("nextPageCursor") or None
-        if not cursor:
-            return rows
+    return list(_pages(line, "market/instruments-info", 1000, False, {"category": "linear", "symbol": symbol}))
 
-# %% ../../nbs/exchange/21_bybit.ipynb #188ecfbd
+# %% ../../nbs/exchange/21_bybit.ipynb #bc1a9f89
 Found = TypeVar("Found", Bar, FundingRate)
 
 
-class BybitMarket:
-    "Bybit's public data; a `QuotePort`. Needs no key."
+class _Windows:
+    "Public data, window by window."
 
     def __init__(
         self,
@@ -305,30 +317,6 @@ class BybitMarket:
     def fetch_time_ms(self) -> int:
         "The exchange's clock, UTC ms."
         return int(self.line.read("market/time")["time"])
-
-    def fetch_bars(self, symbol: str, timeframe: str, start_ms: int, limit: int) -> Sequence[Bar]:
-        "The first bars that open at or after `start_ms`; the last one may still be running."
-        step_ms, limit = timeframe_ms(timeframe), min(limit, _BARS)
-        start_ms = max(-(-start_ms // step_ms) * step_ms, self._launch_ms(symbol) // step_ms * step_ms)
-        return self._first(start_ms, limit * step_ms, lambda begin, end: bars_between(self.line, symbol, timeframe, begin, end))
-
-    def fetch_funding(self, symbol: str, start_ms: int, limit: int) -> Sequence[FundingRate]:
-        "The first settlements at or after `start_ms`."
-        window_ms, start_ms = _RATES * 3_600_000, max(start_ms, self._launch_ms(symbol))
-        found = self._first(start_ms, window_ms, lambda begin, end: rates_between(self.line, symbol, begin, end))
-        return found[:limit]
-
-    def fetch_instruments(self) -> Sequence[Instrument]:
-        "Every perpetual in our quote currency, ascending."
-        rows = [row for row in instrument_rows(self.line) if row.get("contractType") == "LinearPerpetual"]
-        return sorted((read_instrument(row) for row in rows if row.get("quoteCoin") == self._quote), key=lambda each: each.symbol)
-
-    def fetch_tickers(self) -> Sequence[Ticker]:
-        "The ticker of everything that trades, ascending."
-        answer = self.line.read("market/tickers", category="linear")
-        rows = [row for row in rows_of(answer, "market/tickers") if row["symbol"].endswith(self._quote)]
-        read = (read_ticker(row, answer["time"]) for row in rows)
-        return sorted((ticker for ticker in read if ticker), key=lambda each: each.symbol)
 
     def _launch_ms(self, symbol: str) -> int:
         if symbol not in self._launches:
@@ -348,9 +336,41 @@ class BybitMarket:
                 return found
         return []
 
-# %% ../../nbs/exchange/21_bybit.ipynb #56429fa6
-class BybitExchange(BybitMarket):
-    "An account at Bybit; an `ExchangePort`."
+# %% ../../nbs/exchange/21_bybit.ipynb #fd919fd0
+class _History(_Windows):
+    "Bars and settlements."
+
+    def fetch_bars(self, symbol: str, timeframe: str, start_ms: int, limit: int) -> Sequence[Bar]:
+        "The first bars that open at or after `start_ms`; the last one may still be running."
+        step_ms, limit = timeframe_ms(timeframe), min(limit, _BARS)
+        start_ms = max(-(-start_ms // step_ms) * step_ms, self._launch_ms(symbol) // step_ms * step_ms)
+        return self._first(start_ms, limit * step_ms, lambda begin, end: bars_between(self.line, symbol, timeframe, begin, end))
+
+    def fetch_funding(self, symbol: str, start_ms: int, limit: int) -> Sequence[FundingRate]:
+        "The first settlements at or after `start_ms`."
+        window_ms, start_ms = _RATES * 3_600_000, max(start_ms, self._launch_ms(symbol))
+        found = self._first(start_ms, window_ms, lambda begin, end: rates_between(self.line, symbol, begin, end))
+        return found[:limit]
+
+# %% ../../nbs/exchange/21_bybit.ipynb #8c68452a
+class BybitMarket(_History):
+    "Bybit's public data; a `QuotePort`. Needs no key."
+
+    def fetch_instruments(self) -> Sequence[Instrument]:
+        "Every perpetual in our quote currency, ascending."
+        rows = [row for row in instrument_rows(self.line) if row.get("contractType") == "LinearPerpetual"]
+        return sorted((read_instrument(row) for row in rows if row.get("quoteCoin") == self._quote), key=lambda each: each.symbol)
+
+    def fetch_tickers(self) -> Sequence[Ticker]:
+        "The ticker of everything that trades, ascending."
+        answer = self.line.read("market/tickers", category="linear")
+        rows = [row for row in rows_of(answer, "market/tickers") if text_of(row, "symbol").endswith(self._quote)]
+        read = (read_ticker(row, answer["time"]) for row in rows)
+        return sorted((ticker for ticker in read if ticker), key=lambda each: each.symbol)
+
+# %% ../../nbs/exchange/21_bybit.ipynb #2b8f0869
+class _Holdings(BybitMarket):
+    "What an account is worth and holds."
 
     def fetch_account(self) -> Account:
         "Equity, wallet and free margin."
@@ -363,6 +383,10 @@ class BybitExchange(BybitMarket):
         "All positions that are not flat, ascending by symbol."
         rows = paged(self.line, "position/list", 200, category="linear", settleCoin=self._quote)
         return sorted((found for row in rows if (found := read_position(row))), key=lambda each: each.symbol)
+
+# %% ../../nbs/exchange/21_bybit.ipynb #554cc2b5
+class _Orders(_Holdings):
+    "What an account has ordered."
 
     def fetch_open_orders(self) -> Sequence[Order]:
         "All orders that may still fill, ascending by creation; the stops of positions are told with them."
@@ -381,6 +405,10 @@ class BybitExchange(BybitMarket):
             raise TransientError(f"order {link_id} in {symbol} has filled and is not told yet; expected it among the orders soon")
         return None
 
+# %% ../../nbs/exchange/21_bybit.ipynb #6180de13
+class _Past(_Orders):
+    "What has happened to an account."
+
     def fetch_fills(self, start_ms: int) -> Sequence[Fill]:
         "Executions of all symbols, ascending by time."
         rows = weekly(self.line, "execution/list", 100, start_ms, self.fetch_time_ms(), category="linear")
@@ -393,6 +421,10 @@ class BybitExchange(BybitMarket):
                       currency=self._quote)
         found = {entry.entry_id: entry for row in reversed(rows) for entry in read_transaction(row)}
         return sorted(found.values(), key=lambda each: each.time_ms)
+
+# %% ../../nbs/exchange/21_bybit.ipynb #3d593e14
+class BybitExchange(_Past):
+    "An account at Bybit; an `ExchangePort`."
 
     def submit_order(self, request: OrderRequest) -> Submission:
         "Send an order, once."
@@ -426,7 +458,7 @@ class TimeSource(Protocol):
         "The exchange's clock, UTC ms."
         ...
 
-
+# %% ../../nbs/exchange/21_bybit.ipynb #0351cf90
 class ExchangeClock:
     "The time that an exchange shows; a `Clock`."
 

@@ -37,8 +37,8 @@ from xsmom_nb.exchange.venue import (
 from ..ports import Bar, Fill, FundingRate, Instrument, LedgerEntry, Order, OrderRequest, QuotePort, Side, Ticker
 
 # %% auto #0
-__all__ = ['MarginMode', 'DEFAULT_LEVERAGE', 'SlotMarket', 'News', 'Profit', 'VenueAccount', 'open_account', 'apply',
-           'tell_order', 'keep_order', 'settle_stops', 'leverage_of', 'tiers_of', 'marked_books', 'margin', 'follow',
+__all__ = ['MarginMode', 'DEFAULT_LEVERAGE', 'SlotMarket', 'News', 'Profit', 'VenueAccount', 'open_account', 'keep_order',
+           'tell_order', 'apply', 'settle_stops', 'leverage_of', 'tiers_of', 'marked_books', 'margin', 'follow',
            'as_condition']
 
 # %% ../../nbs/exchange/06b_engine.ipynb #81089cee
@@ -57,8 +57,8 @@ class _SlotPieces:
         return cast("list[tuple[int, Bar]]", self._pieces.closed(symbol_of(slot), start_ms, now_ms))  # type: ignore[attr-defined]
 
 # %% ../../nbs/exchange/06b_engine.ipynb #b12b80d7
-class SlotMarket(PassedThrough):
-    "A market that also answers to the names of slots."
+class _SlotBars(PassedThrough):
+    "A market whose bars are also found by the names of slots."
 
     def __init__(
         self,
@@ -78,6 +78,10 @@ class SlotMarket(PassedThrough):
         "The first settlements at or after `start_ms`."
         return self._market.fetch_funding(symbol_of(symbol), start_ms, limit)
 
+# %% ../../nbs/exchange/06b_engine.ipynb #343dc3bc
+class SlotMarket(_SlotBars):
+    "A market that also answers to the names of slots."
+
     def fetch_instruments(self) -> Sequence[Instrument]:
         "All contracts, those that are hedged once more for each position."
         listed = self._market.fetch_instruments()
@@ -96,7 +100,7 @@ class SlotMarket(PassedThrough):
     def _slots(self, symbol: str) -> list[str]:
         return [slot_of(symbol, index) for index in (1, 2)] if symbol in self._hedged else []
 
-# %% ../../nbs/exchange/06b_engine.ipynb #343dc3bc
+# %% ../../nbs/exchange/06b_engine.ipynb #e7c04ded
 MarginMode = Literal["REGULAR_MARGIN", "ISOLATED_MARGIN", "PORTFOLIO_MARGIN"]
 DEFAULT_LEVERAGE = Decimal(10)  # of a contract that nobody has set, at Bybit
 
@@ -108,7 +112,7 @@ class News:
     topic: Literal["order", "execution", "position", "wallet"]
     what: VenueOrder | Execution | str | None  # of a position: its slot; of the wallet: nothing
 
-
+# %% ../../nbs/exchange/06b_engine.ipynb #4dc65715
 @dataclass(frozen=True, slots=True)
 class Profit:
     "A price at which a whole position is closed with a gain."
@@ -116,7 +120,7 @@ class Profit:
     price: Decimal
     since_ms: int
 
-
+# %% ../../nbs/exchange/06b_engine.ipynb #db2dbafd
 @dataclass
 class VenueAccount:
     "One account at an exchange; changed by the functions below."
@@ -162,6 +166,33 @@ def open_account(
     apply(account, step, now_ms)
     return account
 
+# %% ../../nbs/exchange/06b_engine.ipynb #7d6aacc5
+def keep_order(account: VenueAccount, order: VenueOrder) -> None:
+    "Keep an order as it now stands."
+    name = order.order.order_id
+    account.orders[name] = order
+    if order.is_open:
+        account.waiting[name] = order
+    else:
+        account.waiting.pop(name, None)
+
+
+def tell_order(account: VenueAccount, order: VenueOrder) -> None:
+    "Keep an order as it now stands, and tell."
+    keep_order(account, order)
+    account.news.append(News("order", order))
+
+# %% ../../nbs/exchange/06b_engine.ipynb #cebf0335
+def _tell_positions(account: VenueAccount, before: Books) -> None:
+    "Tell of every position that is not what it was, and of the wallet."
+    slots = [*before.holdings, *(slot for slot in account.books.holdings if slot not in before.holdings)]
+    for slot in slots:
+        was, now = before.holdings.get(slot), account.books.holdings.get(slot)
+        if (was.quantity, was.stop) != (now.quantity, now.stop) if was and now else bool((was or cast(Holding, now)).quantity):
+            account.news.append(News("position", slot))
+    if account.books.wallet != before.wallet:
+        account.news.append(News("wallet", None))
+
 # %% ../../nbs/exchange/06b_engine.ipynb #563a5804
 def apply(
     account: VenueAccount,
@@ -186,33 +217,6 @@ def apply(
     _protect(account, step.events, time_ms)
     settle_stops(account, before, time_ms)
 
-# %% ../../nbs/exchange/06b_engine.ipynb #940fc317
-def tell_order(account: VenueAccount, order: VenueOrder) -> None:
-    "Keep an order as it now stands, and tell."
-    keep_order(account, order)
-    account.news.append(News("order", order))
-
-
-def keep_order(account: VenueAccount, order: VenueOrder) -> None:
-    "Keep an order as it now stands."
-    name = order.order.order_id
-    account.orders[name] = order
-    if order.is_open:
-        account.waiting[name] = order
-    else:
-        account.waiting.pop(name, None)
-
-
-def _tell_positions(account: VenueAccount, before: Books) -> None:
-    "Tell of every position that is not what it was, and of the wallet."
-    slots = [*before.holdings, *(slot for slot in account.books.holdings if slot not in before.holdings)]
-    for slot in slots:
-        was, now = before.holdings.get(slot), account.books.holdings.get(slot)
-        if (was.quantity, was.stop) != (now.quantity, now.stop) if was and now else bool((was or cast(Holding, now)).quantity):
-            account.news.append(News("position", slot))
-    if account.books.wallet != before.wallet:
-        account.news.append(News("wallet", None))
-
 # %% ../../nbs/exchange/06b_engine.ipynb #55e4a95d
 _CAUSES: dict[str, tuple[ExecutionKind, TransactionKind, str, str]] = {  # name of a fill's order in the books -> how it is told
     "stop": ("Trade", "TRADE", "CreateByStopLoss", "StopLoss"),
@@ -220,6 +224,9 @@ _CAUSES: dict[str, tuple[ExecutionKind, TransactionKind, str, str]] = {  # name 
     "liquidation": ("BustTrade", "LIQUIDATION", "CreateByLiq", ""),
     "adl": ("AdlTrade", "ADL", "CreateByAdl_PassThrough", ""),
 }
+
+
+_BY_CLIENT: tuple[ExecutionKind, TransactionKind, str, str] = ("Trade", "TRADE", "", "")  # what a client has ordered
 
 
 def _order_of_fill(account: VenueAccount, fill: Fill) -> VenueOrder:
@@ -236,6 +243,18 @@ def _order_of_fill(account: VenueAccount, fill: Fill) -> VenueOrder:
     return VenueOrder(order, terms, "Filled", shown.placed_ms if shown else fill.time_ms, fill.price)
 
 # %% ../../nbs/exchange/06b_engine.ipynb #0887ed6f
+def _executed(account: VenueAccount, known: VenueOrder, fill: Fill, gain: Decimal, closes: Decimal) -> Execution:
+    "A fill as an execution of its order."
+    order, held = known.order, account.books.holdings.get(fill.symbol)
+    told = replace(fill, fill_id=venue_id(account.seed, fill.fill_id), order_id=order.order_id, link_id=known.terms.link_id,
+                   symbol=symbol_of(fill.symbol))
+    left = order.quantity - order.filled_quantity - (fill.quantity if fill.order_id in account.names else ZERO)
+    kind, rate = _CAUSES.get(fill.order_id, _BY_CLIENT)[0], fill.fee / (fill.quantity * fill.price)
+    return Execution(
+        told, kind, known.terms, order.price or ZERO, order.quantity, max(left, ZERO), order.order_type, closes, gain,
+        held.mark if held else fill.price, rate, len(account.executions) + 1)
+
+
 def _take_fill(
     account: VenueAccount,
     fill: Fill,
@@ -244,31 +263,24 @@ def _take_fill(
     wallet: Decimal,  # afterwards
 ) -> None:
     "Write a fill down as an execution, a transaction, and a closed profit."
-    known, symbol = _order_of_fill(account, fill), symbol_of(fill.symbol)
-    kind, posted, _, _ = _CAUSES.get(fill.order_id, ("Trade", "TRADE", "", ""))
+    known = _order_of_fill(account, fill)
     closes = min(abs(held), fill.quantity) if held * fill.signed_quantity < 0 else ZERO
     known = replace(known, fees=known.fees + fill.fee, realized=known.realized + gain)
     keep_order(account, known)
     if fill.order_id not in account.names:  # the exchange's own; any other is told as the books tell it
         tell_order(account, known)
-    name, order = venue_id(account.seed, fill.fill_id), known.order
-    told = replace(fill, fill_id=name, order_id=order.order_id, link_id=known.terms.link_id, symbol=symbol)
-    rate = fill.fee / (fill.quantity * fill.price)
-    left = order.quantity - order.filled_quantity - (fill.quantity if fill.order_id in account.names else ZERO)
-    execution = Execution(
-        told, kind, known.terms, order.price or ZERO, order.quantity, max(left, ZERO), order.order_type, closes, gain,
-        account.books.holdings[fill.symbol].mark if fill.symbol in account.books.holdings else fill.price, rate,
-        len(account.executions) + 1)
+    execution, posted = _executed(account, known, fill, gain, closes), _CAUSES.get(fill.order_id, _BY_CLIENT)[1]
     account.executions.append(execution)
     account.news.append(News("execution", execution))
+    symbol, order_id, name = execution.fill.symbol, known.order.order_id, execution.fill.fill_id
     account.transactions.append(Transaction(
         name, fill.time_ms, posted, symbol, gain, fill.fee, ZERO, wallet, fill.side, fill.quantity, held + fill.signed_quantity,
-        fill.price, rate, order.order_id, known.terms.link_id, name))
+        fill.price, execution.fee_rate, order_id, known.terms.link_id, name))
     if closes:
         entry = fill.price - gain / closes * (1 if fill.side == "Sell" else -1)
         account.closed.append(ClosedProfit(
-            symbol, order.order_id, fill.side, closes, entry, fill.price, gain - fill.fee, leverage_of(account)(fill.symbol),
-            fill.time_ms, kind))
+            symbol, order_id, fill.side, closes, entry, fill.price, gain - fill.fee, leverage_of(account)(fill.symbol),
+            fill.time_ms, execution.kind))
 
 # %% ../../nbs/exchange/06b_engine.ipynb #ba45799e
 def _take_payment(
@@ -330,14 +342,19 @@ def _stop_order(
     terms = Terms("", index_of(slot), price, 1 if rises else 2, "LastPrice", True, None, None, f"CreateBy{kind}", kind)
     return VenueOrder(order, terms, "Untriggered", since_ms, account.books.holdings[slot].mark)
 
-
+# %% ../../nbs/exchange/06b_engine.ipynb #5dcb047a
 def _shown_stop(account: VenueAccount, slot: str, kind: str = "StopLoss") -> VenueOrder | None:
     "The stop of a position as it is told."
     untriggered = (each for each in reversed(account.waiting.values()) if each.status == "Untriggered")
     mine = (each for each in untriggered if slot_of(each.order.symbol, each.terms.position_index) == slot)
     return next((each for each in mine if each.terms.stop_type == kind), None)
 
-# %% ../../nbs/exchange/06b_engine.ipynb #5dcb047a
+# %% ../../nbs/exchange/06b_engine.ipynb #d6438958
+def _size_and_level(stop: VenueOrder) -> tuple[Decimal, Decimal | None]:
+    "What a stop is moved by."
+    return stop.order.quantity, stop.terms.trigger_price
+
+
 def _follow_stops(account: VenueAccount, time_ms: int) -> None:
     "Tell of stops that came, changed, or went."
     holdings = account.books.holdings
@@ -354,11 +371,6 @@ def _follow_stops(account: VenueAccount, time_ms: int) -> None:
         shown = account.orders.get(order.order.order_id)
         if shown is None or _size_and_level(shown) != _size_and_level(order):
             tell_order(account, order)
-
-
-def _size_and_level(stop: VenueOrder) -> tuple[Decimal, Decimal | None]:
-    "What a stop is moved by."
-    return stop.order.quantity, stop.terms.trigger_price
 
 # %% ../../nbs/exchange/06b_engine.ipynb #38231969
 def settle_stops(
@@ -377,21 +389,21 @@ def leverage_of(
     "The leverage of each slot."
     return lambda slot: account.leverages.get(symbol_of(slot), DEFAULT_LEVERAGE)
 
-
+# %% ../../nbs/exchange/06b_engine.ipynb #53e902c1
 def tiers_of(
     account: VenueAccount,
 ) -> dict[str, tuple[RiskTier, ...]]:  # by slot
     "The risk tiers of everything that is listed."
     return {each.symbol: risk_tiers(each.max_leverage) for each in account.market.fetch_instruments()}
 
-
+# %% ../../nbs/exchange/06b_engine.ipynb #42870ad1
 def marked_books(
     account: VenueAccount,
 ) -> Books:
     "The books at present marks."
     return marked(account.books, marks_of(account.market, account.books.holdings))
 
-
+# %% ../../nbs/exchange/06b_engine.ipynb #beb9d877
 def margin(
     account: VenueAccount,
 ) -> Margin:
@@ -440,35 +452,6 @@ def _take_over_if_bust(account: VenueAccount, time_ms: int) -> None:
         apply(account, liquidated(account.books, account.venue, time_ms), time_ms)
 
 # %% ../../nbs/exchange/06b_engine.ipynb #fe4539ad
-def _set_off(
-    account: VenueAccount,
-    happening: Happening,
-    bar: Bar,
-    instruments: dict[str, Instrument],
-    time_ms: int,
-) -> None:
-    "Place what a bar has set off."
-    slot = happening.symbol
-    profit, holding = account.profits.get(slot), account.books.holdings.get(slot)
-    due = [(name, each) for name, each in account.conditionals.items()
-           if each.request.symbol == slot and each.created_ms <= bar.open_time_ms]
-    if profit and holding and holding.quantity and profit.since_ms <= bar.open_time_ms:
-        shown = _shown_stop(account, slot, "TakeProfit")
-        if shown:
-            due.append((shown.order.order_id, as_condition(shown, slot, profit.since_ms)))
-    for name, conditional in due:
-        price, instrument = trigger_touched(conditional, bar), instruments.get(slot)
-        if math.isnan(price) or instrument is None:
-            continue
-        account.conditionals.pop(name, None)
-        if reason := _refused_now(account, conditional, Decimal(repr(price)), instrument):
-            tell_order(account, replace(account.orders[name], status="Rejected", reject_reason=reason))
-            continue
-        account.names[f"paper-{account.books.accepted + 1}"] = name
-        tell_order(account, replace(account.orders[name], status="Triggered"))
-        apply(account, triggered(account.books, conditional, price, bar, instrument, account.venue, time_ms), time_ms)
-
-
 def _refused_now(account: VenueAccount, conditional: Conditional, price: Decimal, instrument: Instrument) -> str | None:
     "Why an order whose condition came true cannot be placed; a reduce-only one always can, and ends if nothing is left."
     if conditional.request.reduce_only:
@@ -487,3 +470,37 @@ def as_condition(
     request = OrderRequest(order.link_id or order.order_id, slot, order.side, order.order_type, order.quantity, order.price,
                            order.time_in_force, order.reduce_only)
     return Conditional(request, terms.trigger_price or ZERO, terms.trigger_direction == 1, since_ms)
+
+
+def _due(account: VenueAccount, slot: str, bar: Bar) -> list[tuple[str, Conditional]]:
+    "What waits for a price in a slot, by name, since before a bar opened; a position's profit too."
+    profit, holding = account.profits.get(slot), account.books.holdings.get(slot)
+    due = [(name, each) for name, each in account.conditionals.items()
+           if each.request.symbol == slot and each.created_ms <= bar.open_time_ms]
+    if profit and holding and holding.quantity and profit.since_ms <= bar.open_time_ms:
+        shown = _shown_stop(account, slot, "TakeProfit")
+        if shown:
+            due.append((shown.order.order_id, as_condition(shown, slot, profit.since_ms)))
+    return due
+
+# %% ../../nbs/exchange/06b_engine.ipynb #da1fdf62
+def _set_off(
+    account: VenueAccount,
+    happening: Happening,
+    bar: Bar,
+    instruments: dict[str, Instrument],
+    time_ms: int,
+) -> None:
+    "Place what a bar has set off."
+    slot = happening.symbol
+    for name, conditional in _due(account, slot, bar):
+        price, instrument = trigger_touched(conditional, bar), instruments.get(slot)
+        if math.isnan(price) or instrument is None:
+            continue
+        account.conditionals.pop(name, None)
+        if reason := _refused_now(account, conditional, Decimal(repr(price)), instrument):
+            tell_order(account, replace(account.orders[name], status="Rejected", reject_reason=reason))
+            continue
+        account.names[f"paper-{account.books.accepted + 1}"] = name
+        tell_order(account, replace(account.orders[name], status="Triggered"))
+        apply(account, triggered(account.books, conditional, price, bar, instrument, account.venue, time_ms), time_ms)

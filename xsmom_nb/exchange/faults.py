@@ -61,6 +61,18 @@ FAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 # %% ../../nbs/exchange/12_faults.ipynb #75536089
+def _complaint(rule: FaultRule) -> str:  # empty: there is none
+    "What is wrong with a rule."
+    unknown = sorted(set(rule.parameters) - set(FAULTS.get(rule.fault, ())))
+    if rule.fault not in FAULTS:
+        return f"fault {rule.fault!r}: expected one of {', '.join(FAULTS)}{nearest_name(rule.fault, list(FAULTS))}"
+    if unknown:
+        return f"fault {rule.fault}: unknown parameter {unknown[0]!r}; expected {list(FAULTS[rule.fault]) or 'none'}"
+    if not 0.0 <= rule.probability <= 1.0:
+        return f"fault rule {rule.name}: probability is {rule.probability}; expected 0 to 1"
+    return ""
+
+# %% ../../nbs/exchange/12_faults.ipynb #608ac4c3
 @dataclass(frozen=True)
 class FaultRule:
     "One thing that goes wrong, where, and how often."
@@ -74,16 +86,10 @@ class FaultRule:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.fault not in FAULTS:
-            raise UsageError(f"fault {self.fault!r}: expected one of {', '.join(FAULTS)}{nearest_name(self.fault, list(FAULTS))}")
-        unknown = sorted(set(self.parameters) - set(FAULTS[self.fault]))
-        if unknown:
-            known = list(FAULTS[self.fault]) or "none"
-            raise UsageError(f"fault {self.fault}: unknown parameter {unknown[0]!r}; expected {known}")
-        if not 0.0 <= self.probability <= 1.0:
-            raise UsageError(f"fault rule {self.name}: probability is {self.probability}; expected 0 to 1")
+        if complaint := _complaint(self):
+            raise UsageError(complaint)
 
-
+# %% ../../nbs/exchange/12_faults.ipynb #1e32048c
 @dataclass(frozen=True)
 class Fault:
     "What happens now."
@@ -175,7 +181,7 @@ def bent(
         return {**result, "list": rows[1::2] + rows[::2]}
     return result
 
-
+# %% ../../nbs/exchange/12_faults.ipynb #3fc76c80
 def garbled(
     text: str,  # the whole answer
     kind: str,  # of fault

@@ -12,7 +12,7 @@ __all__ = ['REAL', 'NONE', 'Frictions']
 
 # %% ../../nbs/exchange/00d_frictions.ipynb #9fdd5177
 @dataclass(frozen=True, slots=True)
-class Frictions:
+class _Switches:
     "Each is there, as in a market, or is not."
 
     delay: bool = True  # decided some time after the close; off: at the close
@@ -25,6 +25,11 @@ class Frictions:
     funding: bool = True  # on what is held when it is settled, at that price; off: on what was held when the bar opened
     window: bool = True  # decided on the window of bars that a live cycle has; off: on the whole history
 
+# %% ../../nbs/exchange/00d_frictions.ipynb #d3e450e2
+@dataclass(frozen=True, slots=True)
+class Frictions(_Switches):
+    "Each is there, as in a market, or is not."
+
     def without(
         self,
         *names: str,  # of frictions
@@ -35,6 +40,6 @@ class Frictions:
             raise ValueError(f"friction {unknown[0]!r}: expected one of {', '.join(known)}")
         return replace(self, **dict.fromkeys(names, False))
 
-
+# %% ../../nbs/exchange/00d_frictions.ipynb #f1f93d70
 REAL = Frictions()  # a market as it is
 NONE = REAL.without(*(field.name for field in fields(REAL)))  # arithmetic

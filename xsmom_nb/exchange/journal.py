@@ -18,8 +18,17 @@ from ..files import make_folder
 __all__ = ['Journal']
 
 # %% ../../nbs/exchange/12h_journal.ipynb #e1d0c073
-class Journal:
-    "Lines of JSON, in a file, or only counted."
+def _opened(path: Path) -> Any:  # a file without a buffer
+    "Make a file anew; raises `XsmomError`."
+    make_folder(path.parent)
+    try:
+        return open(path, "wb", buffering=0)
+    except OSError as error:
+        raise file_error(path, "the journal cannot be written", error) from error
+
+# %% ../../nbs/exchange/12h_journal.ipynb #20d1ef79
+class _Opened:
+    "A journal as it begins."
 
     def __init__(
         self,
@@ -28,13 +37,11 @@ class Journal:
         self.path = Path(path) if path is not None else None
         self.counts: Counter[str] = Counter()  # by kind
         self.number = 0  # of lines
-        self._file: Any = None
-        if self.path is not None:
-            make_folder(self.path.parent)
-            try:
-                self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115  (closed by `close`)
-            except OSError as error:
-                raise file_error(self.path, "the journal cannot be written", error) from error
+        self._file: Any = _opened(self.path) if self.path is not None else None
+
+# %% ../../nbs/exchange/12h_journal.ipynb #5c972a31
+class _Noted(_Opened):
+    "A journal that is written."
 
     def note(
         self,
@@ -52,6 +59,10 @@ class Journal:
             self._file.write(line + b"\n")
         except OSError as error:
             raise file_error(self.path, "the journal cannot be written", error) from error
+
+# %% ../../nbs/exchange/12h_journal.ipynb #402a9163
+class Journal(_Noted):
+    "Lines of JSON, in a file, or only counted."
 
     def close(self) -> None:
         "No more lines."

@@ -31,7 +31,7 @@ def kline_topic(
     "The topic of a symbol's bars."
     return f"kline.{INTERVAL_NAMES.get(timeframe, str(timeframe_ms(timeframe) // 60_000))}.{symbol}"
 
-
+# %% ../../nbs/exchange/22c_keeper.ipynb #73c4e840
 def read_kline(
     row: Row,  # of the topic `kline`
 ) -> Bar | None:  # None: it is still running
@@ -41,16 +41,11 @@ def read_kline(
     numbers = (float(decimal_of(row, name)) for name in ("open", "high", "low", "close", "volume"))
     return Bar(whole_of(row, "start"), *numbers)
 
-# %% ../../nbs/exchange/22c_keeper.ipynb #73c4e840
-_HOUR_MS, _MINUTE_MS = 3_600_000, 60_000
-_LONGEST_FUNDING_MS = 8 * _HOUR_MS
-_REMEMBERED = 48  # bars of a symbol that are compared when they come again
-
-
+# %% ../../nbs/exchange/22c_keeper.ipynb #28ef9d88
 class BarSource(MarketDataPort, TimeSource, Protocol):
     "Public data of an exchange that knows the time."
 
-# %% ../../nbs/exchange/22c_keeper.ipynb #28ef9d88
+# %% ../../nbs/exchange/22c_keeper.ipynb #04958854
 class _Kept:
     "The state of a keeper."
 
@@ -76,6 +71,10 @@ class _Kept:
         self._hour = 0  # the newest of which settlements were asked for
         self.streamed = self.repaired = 0  # bars that were new in the store
 
+# %% ../../nbs/exchange/22c_keeper.ipynb #6da53bfc
+class _Doubting(_Kept):
+    "A keeper that knows when to ask."
+
     def topics(
         self,
         seconds: float = 150.0,  # of silence that one may keep; a bar is told once a minute at least
@@ -92,20 +91,25 @@ class _Kept:
         "A new connection: bars may have been lost before it."
         self._due = set(self.symbols)
 
-# %% ../../nbs/exchange/22c_keeper.ipynb #04958854
-class _Hearing(_Kept):
-    "A keeper that hears."
+# %% ../../nbs/exchange/22c_keeper.ipynb #36b3a234
+_REMEMBERED = 48  # bars of a symbol that are compared when they come again
 
-    def hear(self, message: Any) -> None:
-        "Take a message; raises `TransientError` for one that cannot be read."
-        topic, rows = rows_told(message)
-        symbol = self._topics.get(topic)
-        if symbol is None:
-            return
-        for row in rows:
-            if bar := read_kline(row):
-                self._take(symbol, bar)
-            self._note_hour(whole_of(row, "timestamp") if "timestamp" in row else 0)
+class _Remembering(_Doubting):
+    "A keeper that remembers what it has heard."
+
+    def _remember(self, symbol: str, bar: Bar) -> None:
+        "Note a bar that was written, and whether it follows the newest one."
+        self._bars[symbol][bar.open_time_ms] = bar
+        if len(self._bars[symbol]) > _REMEMBERED:
+            del self._bars[symbol][min(self._bars[symbol])]
+        newest = self.newest.get(symbol)
+        if newest is None or bar.open_time_ms > newest + timeframe_ms(self._timeframe):
+            self._due.add(symbol)
+        self.newest[symbol] = max(bar.open_time_ms, newest or 0)
+
+# %% ../../nbs/exchange/22c_keeper.ipynb #0db29fdc
+class _Writing(_Remembering):
+    "A keeper that writes what it hears."
 
     def _take(self, symbol: str, bar: Bar) -> None:
         "Write a bar that is new."
@@ -119,16 +123,27 @@ class _Hearing(_Kept):
             self._said(f"{symbol}: a bar of the stream was refused: {refused}")
             self._disputed.add((symbol, bar.open_time_ms))
             return
-        written = self._store.write_bars(symbol, self._timeframe, good)
-        self._bars[symbol][bar.open_time_ms] = bar
-        if len(self._bars[symbol]) > _REMEMBERED:
-            del self._bars[symbol][min(self._bars[symbol])]
-        self.streamed += written.new
-        newest = self.newest.get(symbol)
-        if newest is None or bar.open_time_ms > newest + timeframe_ms(self._timeframe):
-            self._due.add(symbol)
-        self.newest[symbol] = max(bar.open_time_ms, newest or 0)
+        self.streamed += self._store.write_bars(symbol, self._timeframe, good).new
+        self._remember(symbol, bar)
         self._on_bar(symbol, bar)
+
+# %% ../../nbs/exchange/22c_keeper.ipynb #b5b528dc
+_HOUR_MS, _MINUTE_MS = 3_600_000, 60_000
+
+# %% ../../nbs/exchange/22c_keeper.ipynb #b90edea4
+class _Hearing(_Writing):
+    "A keeper that hears."
+
+    def hear(self, message: Any) -> None:
+        "Take a message; raises `TransientError` for one that cannot be read."
+        topic, rows = rows_told(message)
+        symbol = self._topics.get(topic)
+        if symbol is None:
+            return
+        for row in rows:
+            if bar := read_kline(row):
+                self._take(symbol, bar)
+            self._note_hour(whole_of(row, "timestamp") if "timestamp" in row else 0)
 
     def _note_hour(self, time_ms: int) -> None:
         "Ask for settlements a minute after a full hour."
@@ -137,25 +152,12 @@ class _Hearing(_Kept):
             self._due |= set(self.symbols) if self._hour else set()  # a connection that has just begun asks anyhow
             self._hour = hour
 
-# %% ../../nbs/exchange/22c_keeper.ipynb #6da53bfc
-class BarKeeper(_Hearing):
-    "Keeps a store current; a `Listener`."
+# %% ../../nbs/exchange/22c_keeper.ipynb #bbb99ceb
+_LONGEST_FUNDING_MS = 8 * _HOUR_MS
 
-    def resync(self) -> list[str]:
-        "Fill what is missing; the bars that no message told. Raises `TransientError`."
-        news = list[str]()
-        for symbol, open_ms in sorted(self._disputed):
-            found = [bar for bar in self._port.fetch_bars(symbol, self._timeframe, open_ms, 1) if bar.open_time_ms == open_ms]
-            if found:
-                self._store.write_bars(symbol, self._timeframe, bars_frame(found))
-                self._bars[symbol][open_ms] = found[0]
-                news.append(f"{symbol} at {open_ms}, told in two ways")
-            self._disputed.discard((symbol, open_ms))
-        for symbol in sorted(self._due):
-            if new := self._fill(symbol):
-                news.append(f"{new} bars of {symbol}")
-            self._due.discard(symbol)
-        return news
+# %% ../../nbs/exchange/22c_keeper.ipynb #019bf00e
+class _Filling(_Hearing):
+    "A keeper that fills holes."
 
     def _fill(self, symbol: str) -> int:  # bars that were missing
         "Ask for what the store has not."
@@ -177,3 +179,32 @@ class BarKeeper(_Hearing):
             return max(self._checked[symbol], last_ms - _LONGEST_FUNDING_MS)
         first = self._store.read_bars(symbol, self._timeframe)["timestamp"]
         return max(int(times_ms(symbol, first).min()), last_ms - _LONGEST_FUNDING_MS)
+
+# %% ../../nbs/exchange/22c_keeper.ipynb #ee42ef93
+class _Settling(_Filling):
+    "A keeper that settles disputes."
+
+    def _settle(self, symbol: str, open_ms: int) -> bool:  # whether the exchange knows the bar
+        "Write what REST says of a bar that was told in two ways."
+        found = [bar for bar in self._port.fetch_bars(symbol, self._timeframe, open_ms, 1) if bar.open_time_ms == open_ms]
+        if found:
+            self._store.write_bars(symbol, self._timeframe, bars_frame(found))
+            self._bars[symbol][open_ms] = found[0]
+        return bool(found)
+
+# %% ../../nbs/exchange/22c_keeper.ipynb #a5e32ffc
+class BarKeeper(_Settling):
+    "Keeps a store current; a `Listener`."
+
+    def resync(self) -> list[str]:
+        "Fill what is missing; the bars that no message told. Raises `TransientError`."
+        news = list[str]()
+        for symbol, open_ms in sorted(self._disputed):
+            if self._settle(symbol, open_ms):
+                news.append(f"{symbol} at {open_ms}, told in two ways")
+            self._disputed.discard((symbol, open_ms))
+        for symbol in sorted(self._due):
+            if new := self._fill(symbol):
+                news.append(f"{new} bars of {symbol}")
+            self._due.discard(symbol)
+        return news

@@ -34,7 +34,13 @@ class Scene:
     start_ms: int  # where the clock starts, UTC ms
     end_ms: int  # where it stops
 
+# %% ../../nbs/exchange/15_launch.ipynb #c32d316c
+def _before(inner: Panel, end_ms: int) -> Panel | None:
+    "The short bars that have closed by a time; None where there are none."
+    step_ms = timeframe_ms(inner.timeframe)
+    return inner.slice(None, end_ms - step_ms) if int(inner.open_time_ms[0]) + step_ms <= end_ms else None
 
+# %% ../../nbs/exchange/15_launch.ipynb #0d819ded
 def scene_of(
     panel: Panel,  # a recording
     inner: Panel | None,  # shorter bars of it; None: there are none
@@ -52,15 +58,24 @@ def scene_of(
     cut = None if inner is None else _before(inner, stop_ms)
     return Scene(panel.slice(None, -(-stop_ms // step_ms) * step_ms - step_ms), cut, start_ms, stop_ms)
 
-
-def _before(inner: Panel, end_ms: int) -> Panel | None:
-    "The short bars that have closed by a time; None where there are none."
-    step_ms = timeframe_ms(inner.timeframe)
-    return inner.slice(None, end_ms - step_ms) if int(inner.open_time_ms[0]) + step_ms <= end_ms else None
-
 # %% ../../nbs/exchange/15_launch.ipynb #2fa9744c
+def _engine_on(
+    scene: Scene,
+    config: Config,
+    seed: int,
+) -> TradingEngine:
+    "The account over a recording, filled as on paper."
+    spread_bps, panel, inner = config.paper.spread_bps, scene.panel, scene.inner
+    return TradingEngine(lambda clock: RecordedMarket(panel, clock, spread_bps, inner), config, scene.start_ms, seed)
+
+# %% ../../nbs/exchange/15_launch.ipynb #386ea49d
 SIMULATOR_KEY, SIMULATOR_SECRET = "simulator-key", "simulator-secret"
 USER = 1  # number of the account
+
+
+def _terms_of(seed: int, limits: bool) -> Terms:
+    "How the exchange behaves where a user may choose."
+    return Terms(seed) if limits else Terms(seed, rate_limits=False, address_limit=None, socket_limit=None)
 
 
 def simulator_on(
@@ -76,9 +91,6 @@ def simulator_on(
 ) -> Simulator:
     "An exchange over a recording; raises `UsageError`."
     chosen = config.paper.seed if seed is None else seed
-    spread_bps, panel, inner = config.paper.spread_bps, scene.panel, scene.inner
-    engine = TradingEngine(lambda clock: RecordedMarket(panel, clock, spread_bps, inner), config, scene.start_ms, chosen)
     pace = Pace(scene.start_ms, time.monotonic, speed, mode, scene.end_ms)
-    terms = Terms(chosen) if limits else Terms(chosen, rate_limits=False, address_limit=None, socket_limit=None)
-    market, keys = Market(Tape(panel, inner), spread_bps), [ApiKey(key, secret, user=USER)]
-    return Simulator(market, pace, keys, {USER: engine}, terms, journal)
+    market, keys = Market(Tape(scene.panel, scene.inner), config.paper.spread_bps), [ApiKey(key, secret, user=USER)]
+    return Simulator(market, pace, keys, {USER: _engine_on(scene, config, chosen)}, _terms_of(chosen, limits), journal)

@@ -33,7 +33,13 @@ class Allowance:
         return {"X-Bapi-Limit": str(self.limit), "X-Bapi-Limit-Status": str(self.left),
                 "X-Bapi-Limit-Reset-Timestamp": str(self.reset_ms)}
 
-# %% ../../nbs/exchange/11b_limits.ipynb #e87ba671
+# %% ../../nbs/exchange/11b_limits.ipynb #79120e48
+def _forget(times: deque[float], until_ms: float) -> None:
+    "Drop the times up to one; they ascend."
+    while times and times[0] <= until_ms:
+        times.popleft()
+
+# %% ../../nbs/exchange/11b_limits.ipynb #ac6e036d
 class RateLimits:
     "The rolling second of every user and endpoint."
 
@@ -51,8 +57,7 @@ class RateLimits:
     ) -> Allowance:
         "Take as much of the limit as there is, at most `count`."
         times = self._times.setdefault((user, endpoint), deque())
-        while times and times[0] <= line_ms - SECOND_MS:
-            times.popleft()
+        _forget(times, line_ms - SECOND_MS)
         granted = min(count, limit - len(times))
         times.extend([line_ms] * granted)
         waits_ms = times[0] + SECOND_MS - line_ms if len(times) >= limit else 0.0
@@ -67,7 +72,7 @@ class AddressLimit:
     within_ms: int = 5000  # … in so long
     blocked_ms: int = 600_000  # how long the address is shut out afterwards
 
-
+# %% ../../nbs/exchange/11b_limits.ipynb #c1fdac85
 class AddressGuard:
     "Who asks too often."
 
@@ -91,8 +96,7 @@ class AddressGuard:
         if line_ms < self._blocked_until.get(address, 0.0):
             return True
         times = self._times.setdefault(address, deque())
-        while times and times[0] <= line_ms - limit.within_ms:
-            times.popleft()
+        _forget(times, line_ms - limit.within_ms)
         times.append(line_ms)
         if len(times) <= limit.count:
             return False
@@ -108,7 +112,7 @@ class PageRule:
     default: int
     largest: int
 
-
+# %% ../../nbs/exchange/11b_limits.ipynb #71fe259e
 def page_size(
     rule: PageRule,
     asked: object,  # the parameter `limit`, as it came; None: not there
@@ -117,7 +121,7 @@ def page_size(
     if asked is None or asked == "":
         return rule.default
     text = str(asked)
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise Refusal(10001, f"params error: limit {text} is invalid")
     return min(int(text), rule.largest)
 

@@ -43,7 +43,7 @@ def addresses(
         for inner in urls:
             yield from addresses(inner)
 
-
+# %% ../../nbs/exchange/20_line.ipynb #de9cc80c
 def require_addresses(
     urls: object,  # nested mappings and lists of texts
     is_simulator: bool,
@@ -98,7 +98,7 @@ def code_of(
     except (ValueError, KeyError, TypeError):
         return None
 
-
+# %% ../../nbs/exchange/20_line.ipynb #86f6c498
 def outcome_of(
     error: BaseException,  # raised by ccxt while something was sent
 ) -> Outcome:
@@ -156,8 +156,13 @@ class RequestPace:
             self._wait(sent[0] + 1.0 - now)
 
 # %% ../../nbs/exchange/20_line.ipynb #3e8e89cb
-class Line:
-    "Requests to the exchange, by Bybit's own paths."
+def _method(verb: str, path: str, signed: bool) -> str:
+    "The name under which ccxt has a path."
+    return f"{'private' if signed else 'public'}_{verb}_v5_{re.sub('[/-]', '_', path)}"
+
+# %% ../../nbs/exchange/20_line.ipynb #e3d53822
+class _Reader:
+    "Questions to the exchange."
 
     def __init__(
         self,
@@ -185,6 +190,10 @@ class Line:
         except (KeyError, TypeError, ValueError) as error:
             raise TransientError(f"{path}: an answer without {error}") from error
 
+# %% ../../nbs/exchange/20_line.ipynb #f9b31c06
+class Line(_Reader):
+    "Requests to the exchange, by Bybit's own paths."
+
     def send(
         self,
         path: str,  # such as order/create
@@ -195,7 +204,7 @@ class Line:
 
         self._pace.take("trade")
         try:
-            result = getattr(self._client, _method("post", path, signed=True))(parameters)["result"]
+            result = {**getattr(self._client, _method("post", path, signed=True))(parameters)["result"]}
         except ccxt.BaseError as error:
             code = code_of(error)
             reason = f"{code or ''} {type(error).__name__}: {str(error)[:300]}".strip()
@@ -206,15 +215,10 @@ class Line:
             return Submission("unknown", reason=f"an answer that cannot be read: {error!r}"), {}
         return Submission("accepted", str(result.get("orderId", ""))), result
 
-
-def _method(verb: str, path: str, signed: bool) -> str:
-    "The name under which ccxt has a path."
-    return f"{'private' if signed else 'public'}_{verb}_v5_{re.sub('[/-]', '_', path)}"
-
-# %% ../../nbs/exchange/20_line.ipynb #e3d53822
+# %% ../../nbs/exchange/20_line.ipynb #ba60cd80
 SIMULATOR_URL = "http://127.0.0.1:18555"  # where `xsmom exchange simulate` listens unless told otherwise
 
-
+# %% ../../nbs/exchange/20_line.ipynb #4dee1080
 def line_settings(
     config: Config,  # `live.mode`, `exchange`
     secrets: Secrets | None = None,  # None: public data alone
@@ -233,7 +237,7 @@ def line_settings(
         settings["urls"] = {"api": dict.fromkeys(("spot", "futures", "v2", "public", "private"), own)}
     return settings, own
 
-
+# %% ../../nbs/exchange/20_line.ipynb #30f1346a
 def in_mode(
     client: Any,  # of ccxt
     mode: str,  # `live.mode`
@@ -247,7 +251,7 @@ def in_mode(
     require_addresses(client.urls["api"], is_simulator=mode == "simulator")
     return client
 
-
+# %% ../../nbs/exchange/20_line.ipynb #189ec2ea
 def open_line(
     config: Config,  # `live.mode`, `exchange`
     clock: Clock,

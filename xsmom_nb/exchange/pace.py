@@ -19,8 +19,14 @@ __all__ = ['Mode', 'Pace']
 Mode = Literal["running", "paused", "stepped"]
 
 
-class Pace:
-    "A clock that is told how to go; a `Clock`."
+def _require_speed(speed: float) -> None:
+    "Refuse a speed that is none."
+    if not 0 < speed < math.inf:
+        raise UsageError(f"speed of the simulated clock: {speed}; expected a number above 0; pause it to make it stand")
+
+# %% ../../nbs/exchange/12d_pace.ipynb #a7bc060a
+class _Going:
+    "A time that goes, or stands."
 
     def __init__(
         self,
@@ -34,22 +40,29 @@ class Pace:
         self._base_ms, self._base_wall = float(start_ms), wall()
         self._line_ms = 0.0
         self.permitted: dict[str, int] = {}  # by process: until when the clock may go without it, UTC ms
-        self._require_speed(speed)
-
-    @staticmethod
-    def _require_speed(speed: float) -> None:
-        "Refuse a speed that is none."
-        if not 0 < speed < math.inf:
-            raise UsageError(f"speed of the simulated clock: {speed}; expected a number above 0; pause it to make it stand")
+        _require_speed(speed)
 
     def _elapsed_ms(self) -> float:
         "Wall time since the pace last changed."
         return (self._wall() - self._base_wall) * 1000
 
+# %% ../../nbs/exchange/12d_pace.ipynb #2241d840
+class _Timed(_Going):
+    "A time that can be read."
+
     def now_ms(self) -> int:
         "The simulated time, UTC ms."
         now_ms = self._base_ms + (self._elapsed_ms() * self.speed if self.mode == "running" else 0.0)
         return int(now_ms if self.end_ms is None else min(now_ms, self.end_ms))
+
+    @property
+    def is_over(self) -> bool:
+        "Whether the clock has reached its end."
+        return self.end_ms is not None and self.now_ms() >= self.end_ms
+
+# %% ../../nbs/exchange/12d_pace.ipynb #5600de34
+class _Lined(_Timed):
+    "A clock, and the time by which its line is measured."
 
     def line_ms(self) -> float:
         "The time by which rates are limited, ms."
@@ -60,9 +73,13 @@ class Pace:
         "How much longer than on the wall things may take."
         return max(self.speed, 1.0) if self.mode == "running" else 1.0
 
+# %% ../../nbs/exchange/12d_pace.ipynb #ee18af1d
+class _Steered(_Lined):
+    "A clock that is told how to go."
+
     def change(self, mode: Mode, speed: float | None = None) -> None:
         "Go on from here in another way."
-        self._require_speed(self.speed if speed is None else speed)
+        _require_speed(self.speed if speed is None else speed)
         self._base_ms, self._line_ms = float(self.now_ms()), self.line_ms()
         self._base_wall, self.mode, self.speed = self._wall(), mode, self.speed if speed is None else speed
 
@@ -75,6 +92,10 @@ class Pace:
         self._line_ms, self._base_wall = self.line_ms(), self._wall()
         self._base_ms = float(to_ms)
 
+# %% ../../nbs/exchange/12d_pace.ipynb #328391d0
+class Pace(_Steered):
+    "A clock that is told how to go; a `Clock`."
+
     def permit(self, process: str, until_ms: int) -> None:
         "A registered process allows the clock to go until then; raises `UsageError` for one that is not registered."
         if process not in self.permitted:
@@ -84,8 +105,3 @@ class Pace:
     def awaited(self, to_ms: int) -> list[str]:
         "Who has not yet allowed the clock to go to a time."
         return sorted(process for process, until_ms in self.permitted.items() if until_ms < to_ms)
-
-    @property
-    def is_over(self) -> bool:
-        "Whether the clock has reached its end."
-        return self.end_ms is not None and self.now_ms() >= self.end_ms

@@ -36,10 +36,10 @@ class Contradiction:
         said = f"{self.what} {self.short:.12g} in pieces, {self.long:.12g} as a whole"
         return f"{self.symbol} at {format_utc(self.open_time_ms)}: {said}"
 
-
+# %% ../../nbs/exchange/01b_pieces.ipynb #3687f320
 VOLUME_TOLERANCE = 1e-6  # relative difference of volumes that is none
 
-# %% ../../nbs/exchange/01b_pieces.ipynb #35fb4680
+
 def _rows_within(
     panel: Panel,  # long bars
     inner: Panel,  # short bars
@@ -125,8 +125,8 @@ def _bar_at(
     return Bar(open_ms, *prices)
 
 # %% ../../nbs/exchange/01b_pieces.ipynb #47f8f5d6
-class Pieces:
-    "Short bars with the long bars they belong to, and where they can be trusted."
+class _Split:
+    "Short bars with the long bars they belong to, and which of these are taken in pieces."
 
     def __init__(
         self,
@@ -148,6 +148,10 @@ class Pieces:
         "Whether the long bar that runs at a time is taken in pieces."
         row = (time_ms - self._first_ms) // self.long_ms
         return 0 <= row < len(self.agree) and bool(self.agree[row, column])
+
+# %% ../../nbs/exchange/01b_pieces.ipynb #a81f1462
+class _Closing(_Split):
+    "When bars close, and which have."
 
     def next_close_ms(
         self,
@@ -178,6 +182,10 @@ class Pieces:
             if bar is not None:
                 found.append((start_ms, bar))
         return found
+
+# %% ../../nbs/exchange/01b_pieces.ipynb #18bec672
+class Pieces(_Closing):
+    "Short bars with the long bars they belong to, and where they can be trusted."
 
     def last_price(
         self,

@@ -26,7 +26,7 @@ from .wire import Json
 
 # %% auto #0
 __all__ = ['PRIVATE', 'Push', 'Reply', 'AccountReads', 'AccountEngine', 'PrivateEndpoint', 'body_json', 'checked', 'key_json',
-           'Served', 'listing', 'batch', 'batch_items', 'served', 'EmptyAccount']
+           'Served', 'listing', 'batch_items', 'batch', 'served', 'EmptyAccount']
 
 # %% ../../nbs/exchange/12f_private.ipynb #5031d605
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Push:
     topic: PrivateTopic
     rows: tuple[Json, ...]  # as Bybit writes them
 
-
+# %% ../../nbs/exchange/12f_private.ipynb #42dac459
 @dataclass(frozen=True, slots=True)
 class Reply:
     "What came of a change that was asked for."
@@ -44,9 +44,9 @@ class Reply:
     result: Json = field(default_factory=dict)
     pushes: tuple[Push, ...] = ()
 
-# %% ../../nbs/exchange/12f_private.ipynb #42dac459
-class AccountReads(Protocol):
-    "What an account can be asked."
+# %% ../../nbs/exchange/12f_private.ipynb #0c9e8052
+class _OrderReads(Protocol):
+    "What an account can be asked about its orders."
 
     def open_orders(self, query: Json, now_ms: int) -> Sequence[Json]:
         "`order/realtime`: open orders; by `orderId` or `orderLinkId` also those that have ended lately."
@@ -59,6 +59,10 @@ class AccountReads(Protocol):
     def executions(self, query: Json, now_ms: int) -> Sequence[Json]:
         "`execution/list`"
         ...
+
+# %% ../../nbs/exchange/12f_private.ipynb #dba7fb97
+class AccountReads(_OrderReads, Protocol):
+    "What an account can be asked."
 
     def positions(self, query: Json, now_ms: int) -> Sequence[Json]:
         "`position/list`: of a symbol also when it is flat, else only what is held."
@@ -84,21 +88,9 @@ class AccountReads(Protocol):
         "`account/info`"
         ...
 
-# %% ../../nbs/exchange/12f_private.ipynb #0c9e8052
-class AccountEngine(AccountReads, Protocol):
-    """One account. Parameters and rows are as Bybit writes them.
-
-    Promises of every implementation:
-
-    - **Time** is handed in and never goes back. `advance` is called before everything else at a time.
-    - **Changes** are whole or not at all; a `Refusal` leaves everything as it was.
-    - **Lists** hold all that fits the query, newest first; the server cuts the pages. They may be read any number of times.
-    - **Determinism.** The same calls give the same replies.
-    """
-
-    def advance(self, now_ms: int) -> Sequence[Push]:
-        "Everything that has happened until now: fills, stops, funding, liquidation, delisting."
-        ...
+# %% ../../nbs/exchange/12f_private.ipynb #a925a1b2
+class _OrderChanges(Protocol):
+    "What can be done about orders."
 
     def create_order(self, order: Json, now_ms: int) -> Reply:
         "Place an order; the result holds `orderId` and `orderLinkId`."
@@ -116,6 +108,10 @@ class AccountEngine(AccountReads, Protocol):
         "Cancel every order of a symbol or settlement coin; the result holds `list` and `success`."
         ...
 
+# %% ../../nbs/exchange/12f_private.ipynb #6f4e843d
+class _Settings(Protocol):
+    "What can be set."
+
     def set_trading_stop(self, stop: Json, now_ms: int) -> Reply:
         "Set, move or take away stop, target and trailing stop of a position."
         ...
@@ -132,6 +128,22 @@ class AccountEngine(AccountReads, Protocol):
         "ISOLATED_MARGIN, REGULAR_MARGIN or PORTFOLIO_MARGIN of the account."
         ...
 
+# %% ../../nbs/exchange/12f_private.ipynb #47d937f8
+class AccountEngine(AccountReads, _OrderChanges, _Settings, Protocol):
+    """One account. Parameters and rows are as Bybit writes them.
+
+    Promises of every implementation:
+
+    - **Time** is handed in and never goes back. `advance` is called before everything else at a time.
+    - **Changes** are whole or not at all; a `Refusal` leaves everything as it was.
+    - **Lists** hold all that fits the query, newest first; the server cuts the pages. They may be read any number of times.
+    - **Determinism.** The same calls give the same replies.
+    """
+
+    def advance(self, now_ms: int) -> Sequence[Push]:
+        "Everything that has happened until now: fills, stops, funding, liquidation, delisting."
+        ...
+
     def meddle(self, name: str, parameters: Json, now_ms: int) -> Reply:
         "What only the side channel may do: liquidate, deleverage, deposit, let a cancellation race a fill."
         ...
@@ -140,7 +152,7 @@ class AccountEngine(AccountReads, Protocol):
         "The whole account, for tests to compare with."
         ...
 
-# %% ../../nbs/exchange/12f_private.ipynb #dba7fb97
+# %% ../../nbs/exchange/12f_private.ipynb #475e5456
 _WHOLE = PageRule(10**6, 10**6)  # a list that comes in one piece
 
 
@@ -160,12 +172,12 @@ class PrivateEndpoint:
         "Whether a key that may only read is refused."
         return self.kind in ("change", "batch")
 
-
+# %% ../../nbs/exchange/12f_private.ipynb #274be243
 def _list(operation: str, limit: int, name_key: str, default: int, largest: int) -> PrivateEndpoint:
     "An endpoint with pages."
     return PrivateEndpoint(operation, limit, "list", PageRule(default, largest), name_key, is_paged=True)
 
-
+# %% ../../nbs/exchange/12f_private.ipynb #d56c53f8
 PRIVATE: Mapping[tuple[str, str], PrivateEndpoint] = {
     ("POST", "/v5/order/create"): PrivateEndpoint("create_order", 10),
     ("POST", "/v5/order/amend"): PrivateEndpoint("amend_order", 10),
@@ -192,7 +204,7 @@ PRIVATE: Mapping[tuple[str, str], PrivateEndpoint] = {
     ("GET", "/v5/asset/coin/query-info"): PrivateEndpoint("", 5, "one"),
 }
 
-# %% ../../nbs/exchange/12f_private.ipynb #a925a1b2
+# %% ../../nbs/exchange/12f_private.ipynb #eda0cd49
 def body_json(
     body: bytes,
 ) -> Json:
@@ -205,7 +217,7 @@ def body_json(
         raise Refusal(10001, "params error: the body is not a JSON object")
     return parsed
 
-
+# %% ../../nbs/exchange/12f_private.ipynb #ae74620c
 _ORDERS = ("create_order", "amend_order", "cancel_order", "set_trading_stop", "set_leverage")
 _NEED_A_SCOPE = ("open_orders", "positions", "cancel_all", "switch_mode")
 
@@ -225,7 +237,7 @@ def checked(
         raise Refusal(10001, "accountType only support UNIFIED.")
     return parameters
 
-# %% ../../nbs/exchange/12f_private.ipynb #47d937f8
+# %% ../../nbs/exchange/12f_private.ipynb #d72939b2
 def key_json(
     key: ApiKey,
     now_ms: int,
@@ -242,14 +254,14 @@ def key_json(
             "vipLevel": "No VIP", "mktMakerLevel": "0", "affiliateID": 0, "rsaPublicKey": "", "isMaster": True, "parentUid": "0",
             "kycLevel": "LEVEL_DEFAULT", "kycRegion": ""}
 
-
+# %% ../../nbs/exchange/12f_private.ipynb #23f60239
 def _known_to_server(path: str, key: ApiKey, now_ms: int) -> Json | None:
     "Answers that no engine is needed for; None: the documented answer without a result."
     if path == "/v5/user/query-api":
         return key_json(key, now_ms)
     return {"rows": []} if path == "/v5/asset/coin/query-info" else None
 
-# %% ../../nbs/exchange/12f_private.ipynb #23f60239
+# %% ../../nbs/exchange/12f_private.ipynb #25e76036
 @dataclass(frozen=True, slots=True)
 class Served:
     "An answer to a private request."
@@ -258,7 +270,7 @@ class Served:
     extra: Json = field(default_factory=dict)  # retExtInfo
     pushes: tuple[Push, ...] = ()
 
-
+# %% ../../nbs/exchange/12f_private.ipynb #48be13f0
 _TIME_KEYS = ("updatedTime", "execTime", "transactionTime")
 
 
@@ -268,7 +280,7 @@ def _until(rows: Sequence[Json], until_ms: int | None) -> list[Json]:
         return list(rows)
     return [row for row in rows if next((int(row[key]) for key in _TIME_KEYS if row.get(key)), 0) <= until_ms]
 
-
+# %% ../../nbs/exchange/12f_private.ipynb #eb882141
 def _unique(rows: Sequence[Json], key: str) -> list[str]:
     "A name for each row, unique also where the rows share an id."
     seen, names = dict[str, int](), list[str]()
@@ -296,6 +308,16 @@ def listing(
     return {"list": page, "nextPageCursor": cursor, **head}
 
 # %% ../../nbs/exchange/12f_private.ipynb #122dab7f
+def batch_items(
+    parameters: Json,
+) -> list[Json]:
+    "The orders of a batch; raises `Refusal`."
+    items = parameters.get("request")
+    if not isinstance(items, list) or not 1 <= len(items) <= 20 or not all(isinstance(item, dict) for item in items):
+        raise Refusal(10001, "params error: request must hold 1 to 20 orders")
+    return items
+
+# %% ../../nbs/exchange/12f_private.ipynb #cd4ef452
 def batch(
     endpoint: PrivateEndpoint,
     engine: AccountEngine,
@@ -322,16 +344,6 @@ def batch(
             fates.append({"code": refusal.code, "msg": refusal.message})
     return Served({"list": rows}, {"list": fates}, tuple(pushes))
 
-
-def batch_items(
-    parameters: Json,
-) -> list[Json]:
-    "The orders of a batch; raises `Refusal`."
-    items = parameters.get("request")
-    if not isinstance(items, list) or not 1 <= len(items) <= 20 or not all(isinstance(item, dict) for item in items):
-        raise Refusal(10001, "params error: request must hold 1 to 20 orders")
-    return items
-
 # %% ../../nbs/exchange/12f_private.ipynb #810ef6aa
 def served(
     path: str,
@@ -355,12 +367,8 @@ def served(
     return Served(answer) if endpoint.kind == "one" else Served(answer.result, {}, answer.pushes)
 
 # %% ../../nbs/exchange/12f_private.ipynb #4d2d396e
-class EmptyAccount:
-    "An `AccountEngine` that holds nothing."
-
-    def advance(self, now_ms: int) -> Sequence[Push]:
-        "Nothing happens."
-        return ()
+class _NoMoney:
+    "Refuses what would cost something."
 
     def create_order(self, order: Json, now_ms: int) -> Reply:
         "There is no money."
@@ -386,6 +394,10 @@ class EmptyAccount:
 
     switch_mode = set_margin_mode = set_leverage
 
+# %% ../../nbs/exchange/12f_private.ipynb #4a6e6e76
+class _NothingHeld(_NoMoney):
+    "Lists nothing."
+
     def open_orders(self, query: Json, now_ms: int) -> Sequence[Json]:
         "None."
         return ()
@@ -403,6 +415,14 @@ class EmptyAccount:
         "A unified account in cross margin."
         return {"marginMode": "REGULAR_MARGIN", "updatedTime": str(now_ms), "unifiedMarginStatus": 6, "dcpStatus": "OFF",
                 "timeWindow": 10, "smpGroup": 0, "isMasterTrader": False, "spotHedgingStatus": "OFF"}
+
+# %% ../../nbs/exchange/12f_private.ipynb #060d8312
+class EmptyAccount(_NothingHeld):
+    "An `AccountEngine` that holds nothing."
+
+    def advance(self, now_ms: int) -> Sequence[Push]:
+        "Nothing happens."
+        return ()
 
     def meddle(self, name: str, parameters: Json, now_ms: int) -> Reply:
         "There is nothing to meddle with."

@@ -135,7 +135,7 @@ def signature(
     "HMAC-SHA256, as Bybit wants it."
     return hmac.new(secret.encode(), payload, hashlib.sha256).hexdigest()
 
-
+# %% ../../nbs/exchange/11_protocol.ipynb #04e92b40
 @dataclass(frozen=True)
 class Signed:
     "What a private request says about itself."
@@ -146,7 +146,7 @@ class Signed:
     window: str  # ms, as it came
     payload: bytes  # raw query of a GET, raw body of a POST
 
-
+# %% ../../nbs/exchange/11_protocol.ipynb #e183403e
 DEFAULT_WINDOW_MS = 5000
 
 
@@ -170,7 +170,7 @@ def time_refusal(
     speed: float = 1.0,  # of that clock, seconds a second
 ) -> Refusal | None:
     "Whether a request comes from another time."
-    if not timestamp.isdigit() or not (window or "0").isdigit():
+    if not timestamp.isdecimal() or not (window or "0").isdecimal():
         return Refusal(10001, f"Request parameter error: timestamp {timestamp!r}, recv_window {window!r}")
     asked_ms, window_ms, stretch = int(timestamp), int(window or DEFAULT_WINDOW_MS), max(speed, 1.0)
     if now_ms - window_ms * stretch <= asked_ms < now_ms + AHEAD_MS * stretch:
@@ -224,7 +224,7 @@ def admitted_socket(
     now_ms: int,
 ) -> ApiKey:
     "The key of a socket that may hear private things; raises `Refusal`."
-    if not isinstance(arguments, list) or len(arguments) != 3 or not str(arguments[1]).isdigit():
+    if not isinstance(arguments, list) or len(arguments) != 3 or not str(arguments[1]).isdecimal():
         raise Refusal(10001, "Params Error")
     name, expires, sign = (str(each) for each in arguments)
     key = keys.get(name)

@@ -61,8 +61,8 @@ class Known:
     running: dict[tuple[str, str], list[Bar]] = field(default_factory=dict)  # by symbol and interval
 
 # %% ../../nbs/exchange/12e_public.ipynb #73555eb2
-class Market:
-    "A tape that is traded on."
+class _Remembering:
+    "A tape, what was done to it, and what was computed of it."
 
     def __init__(
         self,
@@ -88,6 +88,10 @@ class Market:
         "Forget what was computed; somebody changed a contract."
         self._known = Known()
 
+# %% ../../nbs/exchange/12e_public.ipynb #843c07c4
+class _Listing(_Remembering):
+    "A market that knows its contracts."
+
     def symbols(self, now_ms: int) -> list[str]:  # ascending
         "Every contract that has been listed by now."
         return [symbol for symbol in self.tape.panel.symbols if self.tape.is_listed(symbol, now_ms)]
@@ -101,6 +105,10 @@ class Market:
             rules[symbol] = rules_at(self.tape, symbol, now_ms, self.statuses.get(symbol, ""))
         is_delivered = 0 < self.deliveries.get(symbol, 0) <= now_ms
         return replace(rules[symbol], status="Closed") if is_delivered else rules[symbol]
+
+# %% ../../nbs/exchange/12e_public.ipynb #2a4ace5b
+class Market(_Listing):
+    "A tape that is traded on."
 
     def quotation(self, symbol: str, now_ms: int) -> Quotation | None:  # None: it does not trade (any more)
         "All about a contract."
@@ -155,7 +163,7 @@ def category_of(
         raise Refusal(10001, "Illegal category")
     return str(category)
 
-
+# %% ../../nbs/exchange/12e_public.ipynb #38a8ea76
 def time_of(
     query: Query,
     name: str,  # start, endTime, …
@@ -164,11 +172,11 @@ def time_of(
     text = query.get(name, "")
     if not text:
         return None
-    if not text.isdigit():
+    if not text.isdecimal():
         raise Refusal(10001, f"params error: {name} invalid")
     return int(text)
 
-
+# %% ../../nbs/exchange/12e_public.ipynb #d4d17230
 def symbol_of(
     market: Market,
     query: Query,
@@ -191,7 +199,7 @@ def listed(rows: list[Json], query: Query, cursor: str = "") -> Json:
     "A result that is a list with a cursor."
     return {"category": category_of(query), "list": rows, "nextPageCursor": cursor}
 
-
+# %% ../../nbs/exchange/12e_public.ipynb #bf3a722b
 def instruments(market: Market, query: Query, now_ms: int) -> Json:
     "`instruments-info`"
     wanted, symbol = query.get("status", ""), query.get("symbol", "")
@@ -224,19 +232,19 @@ def _bars(market: Market, query: Query, now_ms: int) -> tuple[Json, list[list[st
     head: Json = {"symbol": symbol, "category": "linear"}
     return head, [kline_row(bar, decimals) for bar in reversed(bars)]
 
-
+# %% ../../nbs/exchange/12e_public.ipynb #ce7e72b0
 def klines(market: Market, query: Query, now_ms: int) -> Json:
     "`kline`"
     head, rows = _bars(market, query, now_ms)
     return {**head, "list": rows}
 
-
+# %% ../../nbs/exchange/12e_public.ipynb #2280d06f
 def price_klines(market: Market, query: Query, now_ms: int) -> Json:
     "`mark-price-kline` and `index-price-kline`"
     head, rows = _bars(market, query, now_ms)
     return {**head, "list": [row[:5] for row in rows]}
 
-
+# %% ../../nbs/exchange/12e_public.ipynb #e9010dcb
 def premium_klines(market: Market, query: Query, now_ms: int) -> Json:
     "`premium-index-price-kline`"
     head, rows = _bars(market, query, now_ms)
@@ -250,7 +258,7 @@ def tickers(market: Market, query: Query, now_ms: int) -> Json:
     names = [symbol_of(market, query, now_ms)] if query.get("symbol") else market.symbols(now_ms)
     return {"category": "linear", "list": [row for name in names if (row := market.ticker(name, now_ms))]}
 
-
+# %% ../../nbs/exchange/12e_public.ipynb #9695c7cb
 def order_book(market: Market, query: Query, now_ms: int) -> Json:
     "`orderbook`"
     symbol = symbol_of(market, query, now_ms)
@@ -259,7 +267,7 @@ def order_book(market: Market, query: Query, now_ms: int) -> Json:
         return {"s": symbol, "b": [], "a": [], "ts": now_ms, "u": 0, "seq": now_ms, "cts": now_ms}
     return book_json(book, market.rules(symbol, now_ms))
 
-
+# %% ../../nbs/exchange/12e_public.ipynb #8be6d2d3
 def price_limit(market: Market, query: Query, now_ms: int) -> Json:
     "`price-limit`: between which prices orders are taken at present."
     symbol = symbol_of(market, query, now_ms)
@@ -281,14 +289,14 @@ def funding_history(market: Market, query: Query, now_ms: int) -> Json:
     newest = settled[::-1][: page_size(PageRule(200, 200), query.get("limit"))]
     return {"category": "linear", "list": [funding_json(symbol, each) for each in newest]}
 
-
+# %% ../../nbs/exchange/12e_public.ipynb #5697f653
 def recent_trades(market: Market, query: Query, now_ms: int) -> Json:
     "`recent-trade`, newest first."
     symbol, size = symbol_of(market, query, now_ms), page_size(PageRule(500, 1000), query.get("limit"))
     rules, trades = market.rules(symbol, now_ms), trades_at(market.tape, symbol, now_ms, size)
     return {"category": "linear", "list": [trade_json(trade, rules) for trade in reversed(trades)]}
 
-
+# %% ../../nbs/exchange/12e_public.ipynb #d55bc8a6
 _INTEREST_INTERVALS = {"5min": 5, "15min": 15, "30min": 30, "1h": 60, "4h": 240, "1d": 1440}  # minutes
 
 
@@ -310,12 +318,12 @@ def server_time(market: Market, query: Query, now_ms: int) -> Json:
     "`time`"
     return time_json(now_ms)
 
-
+# %% ../../nbs/exchange/12e_public.ipynb #b8a6822c
 def system_status(market: Market, query: Query, now_ms: int) -> Json:
     "`system/status`: no maintenance is planned."
     return {"list": []}
 
-
+# %% ../../nbs/exchange/12e_public.ipynb #befbc46e
 PUBLIC: Mapping[str, Answer] = {
     "/v5/market/time": server_time, "/v5/system/status": system_status, "/v5/market/instruments-info": instruments,
     "/v5/market/risk-limit": risk_limits, "/v5/market/kline": klines, "/v5/market/mark-price-kline": price_klines,

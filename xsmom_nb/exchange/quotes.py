@@ -35,7 +35,7 @@ _HOUR_MS = 3_600_000
 _USUAL_MINUTES = 480
 _KNOWN_MINUTES = (60, 120, 240, 480)
 
-
+# %% ../../nbs/exchange/12c_quotes.ipynb #64e8ba75
 def settlements_at(
     tape: Tape,
     symbol: str,
@@ -49,7 +49,7 @@ def settlements_at(
     rows = recording.settled[i][0 if limit is None else max(end - limit, 0) : end]
     return list(map(FundingRate, (panel.open_time_ms[rows] + recording.step_ms).tolist(), panel.funding[rows, i].tolist()))
 
-
+# %% ../../nbs/exchange/12c_quotes.ipynb #71c88eb4
 def funding_interval(
     settled: Sequence[FundingRate],  # ascending, of one symbol
 ) -> int:  # minutes
@@ -72,7 +72,7 @@ def _pattern(seed: int, symbol: str) -> np.ndarray:
         _PATTERNS[seed, symbol] = draws * np.sqrt(1 + np.arange(_LEVELS)) / 22.5  # the square roots of 1 to 10 sum to 22.5
     return _PATTERNS[seed, symbol]
 
-
+# %% ../../nbs/exchange/12c_quotes.ipynb #ef985cca
 def levels_of(
     best: Decimal,  # best price
     away: int,  # 1 on the side of the asks, -1 on that of the bids
@@ -115,7 +115,7 @@ def _day_rows(tape: Tape, now_ms: int) -> slice:
     row = min(tape.recording.row_at(now_ms), tape.panel.shape[0] - 1)
     return slice(max(row + 1 - DAY_MS // tape.recording.step_ms, 0), row + 1)
 
-
+# %% ../../nbs/exchange/12c_quotes.ipynb #b6955ab7
 def open_interest_at(
     tape: Tape,
     symbol: str,
@@ -125,7 +125,7 @@ def open_interest_at(
     volume = tape.panel.volume[_day_rows(tape, now_ms), tape.recording.columns[symbol]]
     return _INTEREST_SHARE * float(np.nansum(volume)) if volume.size else 0.0
 
-
+# %% ../../nbs/exchange/12c_quotes.ipynb #5f52544c
 def _close_before(tape: Tape, column: int, time_ms: int, otherwise: float) -> float:
     "The price at some time."
     row = tape.recording.row_at(time_ms)
@@ -188,7 +188,7 @@ def trades_of(
         before = price
     return found
 
-
+# %% ../../nbs/exchange/12c_quotes.ipynb #7bf4d2d5
 def trades_at(
     tape: Tape,
     symbol: str,

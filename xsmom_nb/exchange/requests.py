@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Literal
 
 from .admission import refusal, stop_refusal
-from .books import ZERO, fee_of, with_holding
+from .books import ZERO, Holding, fee_of, with_holding
 from .conditional import trigger_refusal
 from xsmom_nb.exchange.engine import (
     DEFAULT_LEVERAGE,
@@ -50,7 +50,7 @@ class Placement:
     reduce_only: bool = False
     terms: Terms = field(default_factory=Terms)
 
-
+# %% ../../nbs/exchange/06c_requests.ipynb #47099f52
 @dataclass(frozen=True, slots=True)
 class Reply:
     "What the exchange answers at once."
@@ -69,7 +69,12 @@ class Reply:
         number, _, words = reason.partition(" ")
         return cls(int(number), words)
 
-# %% ../../nbs/exchange/06c_requests.ipynb #47099f52
+# %% ../../nbs/exchange/06c_requests.ipynb #81550560
+def _rules(account: VenueAccount, symbol: str) -> Instrument | None:
+    "A contract's rules; None for one that is not listed."
+    return next((each for each in account.market.fetch_instruments() if each.symbol == symbol), None)
+
+
 def set_leverage(
     account: VenueAccount,
     symbol: str,
@@ -87,12 +92,7 @@ def set_leverage(
     account.leverages[symbol] = leverage
     return Reply()
 
-
-def _rules(account: VenueAccount, symbol: str) -> Instrument | None:
-    "A contract's rules; None for one that is not listed."
-    return next((each for each in account.market.fetch_instruments() if each.symbol == symbol), None)
-
-# %% ../../nbs/exchange/06c_requests.ipynb #e047e521
+# %% ../../nbs/exchange/06c_requests.ipynb #8c5f51e7
 def switch_mode(
     account: VenueAccount,
     symbol: str | None,  # None: all
@@ -112,7 +112,7 @@ def switch_mode(
     account.hedged.update(symbols if hedge else ())
     return Reply()
 
-
+# %% ../../nbs/exchange/06c_requests.ipynb #40373141
 def set_margin_mode(
     account: VenueAccount,
     mode: MarginMode,
@@ -200,7 +200,7 @@ def find(
     found = account.orders.get(order_id or account.links.get(link_id, ""))
     return found if found is not None and found.order.symbol == symbol else None
 
-
+# %% ../../nbs/exchange/06c_requests.ipynb #1ae0aa0b
 def _in_books(account: VenueAccount, order: VenueOrder) -> Order | None:
     "An order as the matching has it; None where it does not wait there."
     return account.books.orders.get(order.terms.link_id or order.order.order_id)
@@ -208,7 +208,21 @@ def _in_books(account: VenueAccount, order: VenueOrder) -> Order | None:
 # %% ../../nbs/exchange/06c_requests.ipynb #01435597
 _TOO_LATE = "110001 order not exists or too late to"
 
+# %% ../../nbs/exchange/06c_requests.ipynb #75ea71b4
+def _end(account: VenueAccount, found: VenueOrder, now_ms: int) -> None:
+    "Cancel an order, a condition, or the stop of a position."
+    name, inside = found.order.order_id, _in_books(account, found)
+    if inside is not None:
+        apply(account, ended(account.books, inside, "EC_PerCancelRequest", now_ms), now_ms)
+    elif name in account.conditionals:
+        del account.conditionals[name]
+        gone = replace(found.order, updated_ms=now_ms)
+        tell_order(account, replace(found, order=gone, status="Deactivated", cancel_type="CancelByUser"))
+    else:
+        slot = slot_of(symbol_of(found.order.symbol), found.terms.position_index)
+        _set_levels(account, slot, now_ms, **{"stop_loss" if found.terms.stop_type == "StopLoss" else "take_profit": ZERO})
 
+# %% ../../nbs/exchange/06c_requests.ipynb #402e2408
 def cancel(
     account: VenueAccount,
     symbol: str,
@@ -222,20 +236,6 @@ def cancel(
         return Reply.refused(f"{_TOO_LATE} cancel")
     _end(account, found, now_ms)
     return Reply(order_id=found.order.order_id, link_id=found.terms.link_id)
-
-
-def _end(account: VenueAccount, found: VenueOrder, now_ms: int) -> None:
-    "Cancel an order, a condition, or the stop of a position."
-    name, inside = found.order.order_id, _in_books(account, found)
-    if inside is not None:
-        apply(account, ended(account.books, inside, "EC_PerCancelRequest", now_ms), now_ms)
-    elif name in account.conditionals:
-        del account.conditionals[name]
-        gone = replace(found.order, updated_ms=now_ms)
-        tell_order(account, replace(found, order=gone, status="Deactivated", cancel_type="CancelByUser"))
-    else:
-        slot = slot_of(symbol_of(found.order.symbol), found.terms.position_index)
-        _set_levels(account, slot, now_ms, **{"stop_loss" if found.terms.stop_type == "StopLoss" else "take_profit": ZERO})
 
 # %% ../../nbs/exchange/06c_requests.ipynb #ed901a1f
 def cancel_all(
@@ -293,7 +293,7 @@ def _amend_condition(account: VenueAccount, changed: VenueOrder) -> Reply:
     tell_order(account, changed)
     return Reply(order_id=name, link_id=changed.terms.link_id)
 
-
+# %% ../../nbs/exchange/06c_requests.ipynb #00743b19
 def _amend_order(account: VenueAccount, found: VenueOrder, changed: VenueOrder, now_ms: int) -> Reply:
     "Change an order that is in the books."
     inside, name = _in_books(account, found), found.order.order_id
@@ -312,6 +312,35 @@ def _amend_order(account: VenueAccount, found: VenueOrder, changed: VenueOrder, 
     apply(account, step, now_ms)
     return Reply(order_id=name, link_id=found.terms.link_id)
 
+# %% ../../nbs/exchange/06c_requests.ipynb #322b1b5c
+def _level_refusal(
+    holding: Holding,
+    symbol: str,
+    mark: Decimal | None,
+    stop_loss: Decimal | None,
+    take_profit: Decimal | None,
+) -> str | None:
+    "Why levels cannot be set; None: they can."
+    if stop_loss and (reason := stop_refusal(holding, stop_loss, mark, symbol)):
+        return reason
+    if take_profit and (mark is None or (take_profit - mark) * holding.quantity <= 0):
+        side, where = ("Buy", "higher") if holding.quantity > 0 else ("Sell", "lower")
+        return f"10001 TakeProfit:{take_profit} set for {side} position should be {where} than base_price:{mark}"
+    return None
+
+# %% ../../nbs/exchange/06c_requests.ipynb #854f86f9
+def _set_levels(account: VenueAccount, slot: str, now_ms: int, stop_loss: Decimal | None = None,
+                take_profit: Decimal | None = None) -> None:
+    "Set the stop and the profit of a position; 0 takes one away, None leaves it."
+    holding, before = account.books.holdings[slot], account.books
+    if stop_loss is not None and (stop_loss or None) != holding.stop:
+        account.books = with_holding(before, slot, replace(holding, stop=stop_loss or None, stop_ms=now_ms))
+    if take_profit:
+        account.profits[slot] = Profit(take_profit, now_ms)
+    elif take_profit is not None:
+        account.profits.pop(slot, None)
+    settle_stops(account, before, now_ms)
+
 # %% ../../nbs/exchange/06c_requests.ipynb #67e4a340
 def set_trading_stop(
     account: VenueAccount,
@@ -325,30 +354,13 @@ def set_trading_stop(
     holding, mark = account.books.holdings.get(slot), marks_of(account.market, [slot]).get(slot)
     if holding is None or not holding.quantity:
         return Reply.refused("10001 can not set tp/sl/ts for zero position")
-    if stop_loss and (reason := stop_refusal(holding, stop_loss, mark, symbol)):
+    if reason := _level_refusal(holding, symbol, mark, stop_loss, take_profit):
         return Reply.refused(reason)
-    if take_profit and (mark is None or (take_profit - mark) * holding.quantity <= 0):
-        side, where = ("Buy", "higher") if holding.quantity > 0 else ("Sell", "lower")
-        return Reply.refused(f"10001 TakeProfit:{take_profit} set for {side} position should be {where} than base_price:{mark}")
     profit = account.profits.get(slot)
-    stands = (stop_loss in (None, holding.stop or ZERO)) and (take_profit in (None, profit.price if profit else ZERO))
-    if stands:
+    if stop_loss in (None, holding.stop or ZERO) and take_profit in (None, profit.price if profit else ZERO):
         return Reply.refused("34040 not modified")
     _set_levels(account, slot, now_ms, stop_loss, take_profit)
     return Reply()
-
-
-def _set_levels(account: VenueAccount, slot: str, now_ms: int, stop_loss: Decimal | None = None,
-                take_profit: Decimal | None = None) -> None:
-    "Set the stop and the profit of a position; 0 takes one away, None leaves it."
-    holding, before = account.books.holdings[slot], account.books
-    if stop_loss is not None and (stop_loss or None) != holding.stop:
-        account.books = with_holding(before, slot, replace(holding, stop=stop_loss or None, stop_ms=now_ms))
-    if take_profit:
-        account.profits[slot] = Profit(take_profit, now_ms)
-    elif take_profit is not None:
-        account.profits.pop(slot, None)
-    settle_stops(account, before, now_ms)
 
 # %% ../../nbs/exchange/06c_requests.ipynb #589d085a
 def deleverage(

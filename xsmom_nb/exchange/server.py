@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import signal
 import threading
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ from .simulator import as_text
 from .simulator import asked_by
 from .simulator import refused
 from .simulator import side_answer
+from .topics import Topic
 from .topics import is_private_topic
 from .topics import topic_of
 from .venue import venue_id
@@ -49,14 +51,14 @@ from .wire import Json
 # %% auto #0
 __all__ = ['Server', 'flush', 'pump', 'http', 'side', 'socket', 'heard', 'serve', 'serving']
 
-# %% ../../nbs/exchange/13c_server.ipynb #fcf9b4ab
+# %% ../../nbs/exchange/13c_server.ipynb #53351dc1
 _SOCKETS: dict[str, Socket] = {"/v5/public/linear": "public", "/v5/private": "private", "/v5/trade": "trade"}
 _BEFORE = ("drop_before", "hang", "status", "ret_code", "rate_limit", "forbidden")
 _LATER_SECONDS = 0.003  # how long after an answer a message comes that is to come after it
 
 
-class Server:
-    "A simulator on a port."
+class _Working:
+    "A simulator, what listens to it, and what runs beside it."
 
     def __init__(
         self,
@@ -67,28 +69,16 @@ class Server:
         self.changed = asyncio.Event()  # the clock was told something
         self._runner: web.AppRunner | None = None
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:  # its URL
-        "Listen; port 0 takes a free one; raises `UsageError` where the port is taken."
-        application = web.Application(client_max_size=2**20)
-        application.router.add_route("*", "/{path:.*}", self.handle)
-        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.2)
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, host, port).start()
-        except OSError as error:
-            await self._runner.cleanup()
-            taken = error.errno == errno.EADDRINUSE
-            why = "another program listens there; end it or name another port" if taken else error.strerror
-            raise UsageError(f"port {port} of {host}: {why}") from error
-        self.start_task(pump(self))
-        return f"http://{host}:{self._runner.addresses[0][1]}"
-
     def start_task(self, work: Any) -> asyncio.Task[None]:
         "Run something beside; it is kept until it ends."
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
+
+# %% ../../nbs/exchange/13c_server.ipynb #a305447d
+class _Stopping(_Working):
+    "A server that can end."
 
     async def stop(self) -> None:
         "End everything."
@@ -100,6 +90,31 @@ class Server:
         if self._runner is not None:
             await self._runner.cleanup()
         self.simulator.journal.close()
+
+# %% ../../nbs/exchange/13c_server.ipynb #88ed8d3d
+def _not_listening(host: str, port: int, error: OSError) -> UsageError:
+    "Why a port cannot be had."
+    taken = error.errno == errno.EADDRINUSE
+    why = "another program listens there; end it or name another port" if taken else error.strerror
+    return UsageError(f"port {port} of {host}: {why}")
+
+# %% ../../nbs/exchange/13c_server.ipynb #fd8dcbcf
+class Server(_Stopping):
+    "A simulator on a port."
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:  # its URL
+        "Listen; port 0 takes a free one; raises `UsageError` where the port is taken."
+        application = web.Application(client_max_size=2**20)
+        application.router.add_route("*", "/{path:.*}", self.handle)
+        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.2)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, host, port).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise _not_listening(host, port, error) from error
+        self.start_task(pump(self))
+        return f"http://{host}:{self._runner.addresses[0][1]}"
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         "Whatever comes."
@@ -157,7 +172,7 @@ def _cut(request: web.Request) -> web.Response:
         request.transport.abort()
     return web.Response()
 
-
+# %% ../../nbs/exchange/13c_server.ipynb #52ecc00b
 def _before(server: Server, fault: Fault) -> Answered | None:  # None: the line breaks
     "What a fault answers instead of the simulator."
     now_ms, values = server.simulator.pace.now_ms(), fault.parameters
@@ -172,7 +187,30 @@ def _before(server: Server, fault: Fault) -> Answered | None:  # None: the line 
         return refused(Refusal(10006), now_ms, headers)
     return None
 
-# %% ../../nbs/exchange/13c_server.ipynb #52ecc00b
+# %% ../../nbs/exchange/13c_server.ipynb #c4b3b75e
+def _release(server: Server, held: list[Outgoing]) -> None:
+    "Send what was held back."
+    server.simulator.outgoing = held + server.simulator.outgoing
+    flush(server)
+
+# %% ../../nbs/exchange/13c_server.ipynb #4e00cfe4
+def _tell(server: Server, answer: Answered, kinds: dict[str, Fault]) -> None:
+    "Send what an answer caused on the stream, before it or after it."
+    if not answer.pushes:
+        flush(server)
+        return
+    simulator = server.simulator
+    simulator.say(answer.user, answer.pushes, simulator.pace.now_ms())
+    is_first = draw(simulator.terms.seed, "first", simulator.number("answer")) < 0.5
+    if "private_first" in kinds or (is_first and "private_last" not in kinds):
+        flush(server)
+    else:
+        last = kinds.get("private_last")
+        wait = float(last.parameters["wait_ms"]) / 1000 if last else _LATER_SECONDS
+        held, simulator.outgoing = simulator.outgoing, []
+        asyncio.get_running_loop().call_later(wait, _release, server, held)
+
+# %% ../../nbs/exchange/13c_server.ipynb #05c595f8
 async def http(
     server: Server,
     request: web.Request,
@@ -200,30 +238,25 @@ async def http(
     kind = "application/json" if answer.text[:1] == "{" else "text/html"
     return web.Response(status=answer.status, body=answer.text.encode(), headers=answer.headers, content_type=kind)
 
-
-def _tell(server: Server, answer: Answered, kinds: dict[str, Fault]) -> None:
-    "Send what an answer caused on the stream, before it or after it."
-    if not answer.pushes:
-        flush(server)
-        return
+# %% ../../nbs/exchange/13c_server.ipynb #585da1a3
+async def _advance(server: Server, parameters: Json) -> web.Response:
+    "Move a clock that is paused."
     simulator = server.simulator
-    simulator.say(answer.user, answer.pushes, simulator.pace.now_ms())
-    is_first = draw(simulator.terms.seed, "first", simulator.number("answer")) < 0.5
-    if "private_first" in kinds or (is_first and "private_last" not in kinds):
-        flush(server)
-    else:
-        last = kinds.get("private_last")
-        wait = float(last.parameters["wait_ms"]) / 1000 if last else _LATER_SECONDS
-        held, simulator.outgoing = simulator.outgoing, []
-        asyncio.get_running_loop().call_later(wait, _release, server, held)
+    pace = simulator.pace
+    to_ms = int(parameters.get("to_ms", pace.now_ms() + int(parameters.get("by_ms", 0))))
+    try:
+        while pace.now_ms() < to_ms:
+            pace.move(min(simulator.next_due_ms(), to_ms))
+            simulator.advance_to(pace.now_ms())
+            flush(server)
+            await asyncio.sleep(0)
+        pace.move(to_ms)
+    except UsageError as error:
+        return web.json_response({"error": str(error)}, status=400)
+    simulator.journal.note("clock", pace.now_ms(), mode=pace.mode, moved=True)
+    return web.json_response(side_answer(simulator, "clock", {})[1])
 
-
-def _release(server: Server, held: list[Outgoing]) -> None:
-    "Send what was held back."
-    server.simulator.outgoing = held + server.simulator.outgoing
-    flush(server)
-
-# %% ../../nbs/exchange/13c_server.ipynb #c4b3b75e
+# %% ../../nbs/exchange/13c_server.ipynb #557ba2d1
 async def side(
     server: Server,
     request: web.Request,
@@ -247,25 +280,24 @@ async def side(
     server.changed.set()
     return web.json_response(answer, status=status)
 
+# %% ../../nbs/exchange/13c_server.ipynb #9c387050
+def _note_socket(server: Server, session: Session, what: str) -> None:
+    "Note the beginning or the end of a connection."
+    now_ms = server.simulator.pace.now_ms()
+    server.simulator.journal.note("socket", now_ms, connection=session.name, what=what, socket=session.kind)
 
-async def _advance(server: Server, parameters: Json) -> web.Response:
-    "Move a clock that is paused."
+# %% ../../nbs/exchange/13c_server.ipynb #6a1a1f8d
+def _forget(server: Server, session: Session) -> None:
+    "A connection has ended."
     simulator = server.simulator
-    pace = simulator.pace
-    to_ms = int(parameters.get("to_ms", pace.now_ms() + int(parameters.get("by_ms", 0))))
-    try:
-        while pace.now_ms() < to_ms:
-            pace.move(min(simulator.next_due_ms(), to_ms))
-            simulator.advance_to(pace.now_ms())
-            flush(server)
-            await asyncio.sleep(0)
-        pace.move(to_ms)
-    except UsageError as error:
-        return web.json_response({"error": str(error)}, status=400)
-    simulator.journal.note("clock", pace.now_ms(), mode=pace.mode, moved=True)
-    return web.json_response(side_answer(simulator, "clock", {})[1])
+    if WATCHED_TOPIC in session.topics and session.key is not None:
+        simulator.absences.left(session.key.user, simulator.pace.now_ms())
+    server.sessions.pop(session, None)
+    for topic in session.topics if session.kind == "public" else ():
+        simulator.hub.leave(topic_of(topic, simulator.market.tape.panel.symbols))
+    _note_socket(server, session, "end")
 
-# %% ../../nbs/exchange/13c_server.ipynb #05c595f8
+# %% ../../nbs/exchange/13c_server.ipynb #29f14a6a
 async def socket(
     server: Server,
     request: web.Request,
@@ -278,10 +310,9 @@ async def socket(
     line = web.WebSocketResponse(
         autoping=True, compress=False, max_msg_size=2**20, receive_timeout=simulator.terms.idle_seconds)
     await line.prepare(request)
-    name = f"c{server.simulator.number('connection')}"
-    session = Session(kind, name, request.remote or "", line, request.transport)
+    session = Session(kind, f"c{simulator.number('connection')}", request.remote or "", line, request.transport)
     server.sessions[session] = None
-    server.simulator.journal.note("socket", server.simulator.pace.now_ms(), connection=name, what="open", socket=kind)
+    _note_socket(server, session, "open")
     writer = server.start_task(session.write())
     try:
         async for message in line:
@@ -290,16 +321,11 @@ async def socket(
     except TimeoutError:
         session.cut()  # nothing was heard for too long, not even a ping
     finally:
-        if WATCHED_TOPIC in session.topics and session.key is not None:
-            simulator.absences.left(session.key.user, simulator.pace.now_ms())
         writer.cancel()
-        server.sessions.pop(session, None)
-        for topic in session.topics if kind == "public" else ():
-            server.simulator.hub.leave(topic_of(topic, server.simulator.market.tape.panel.symbols))
-        server.simulator.journal.note("socket", server.simulator.pace.now_ms(), connection=name, what="end", socket=kind)
+        _forget(server, session)
     return line
 
-# %% ../../nbs/exchange/13c_server.ipynb #585da1a3
+# %% ../../nbs/exchange/13c_server.ipynb #e794a49c
 def heard(
     server: Server,
     session: Session,
@@ -329,7 +355,7 @@ def heard(
     else:
         session.put(as_text({"success": False, "ret_msg": f"error:invalid op {op}", "conn_id": session.name, "op": op}))
 
-
+# %% ../../nbs/exchange/13c_server.ipynb #7a29571d
 def _authenticate(server: Server, session: Session, request: Json, now_ms: int) -> None:
     "Whether the client is who it says."
     error = ""
@@ -340,20 +366,37 @@ def _authenticate(server: Server, session: Session, request: Json, now_ms: int) 
     server.simulator.journal.note("socket", now_ms, connection=session.name, what="auth", error=error)
     session.put(as_text(acknowledged(session.kind, request, session.name, error)))
 
-# %% ../../nbs/exchange/13c_server.ipynb #8f9b9b4e
+# %% ../../nbs/exchange/13c_server.ipynb #e8df0446
+def _wanted(server: Server, session: Session, names: list[str]) -> list[Topic]:  # public ones
+    "The topics that are meant; raises `Refusal` where one of them is wrong."
+    simulator, is_private = server.simulator, session.kind == "private"
+    if is_private and session.key is None:
+        raise Refusal(10004, "error:request not authorized")
+    symbols = simulator.market.symbols(simulator.pace.now_ms())
+    found = [] if is_private else [topic_of(name, symbols) for name in names]
+    if session.kind == "trade" or (is_private and not all(map(is_private_topic, names))):
+        raise Refusal(10001, f"error:handler not found,topic:{','.join(names)}")
+    return found
+
+# %% ../../nbs/exchange/13c_server.ipynb #b18c813e
+def _rename(server: Server, session: Session, op: str, names: list[str]) -> None:
+    "Note what a session listens to from now on, and who watches over its user."
+    simulator, was_watched = server.simulator, WATCHED_TOPIC in session.topics
+    session.topics = session.topics | set(names) if op == "subscribe" else session.topics - set(names)
+    if session.key is not None and was_watched != (WATCHED_TOPIC in session.topics):
+        if was_watched:
+            simulator.absences.left(session.key.user, simulator.pace.now_ms())
+        else:
+            simulator.absences.arrived(session.key.user)
+
+# %% ../../nbs/exchange/13c_server.ipynb #f49e70dc
 def _subscribe(server: Server, session: Session, request: Json, is_silent: bool) -> None:
     "Join or leave topics: all of them, or none where one is wrong."
     names, simulator = [str(name) for name in request.get("args") or []], server.simulator
     simulator.advance_to(simulator.pace.now_ms())
     flush(server)
-    is_private = session.kind == "private"
     try:
-        if is_private and session.key is None:
-            raise Refusal(10004, "error:request not authorized")
-        symbols = simulator.market.symbols(simulator.pace.now_ms())
-        found = [] if is_private else [topic_of(name, symbols) for name in names]
-        if session.kind == "trade" or (is_private and not all(map(is_private_topic, names))):
-            raise Refusal(10001, f"error:handler not found,topic:{','.join(names)}")
+        found = _wanted(server, session, names)
     except Refusal as refusal:
         session.put(as_text(acknowledged(session.kind, request, session.name, refusal.message)))
         return
@@ -361,26 +404,18 @@ def _subscribe(server: Server, session: Session, request: Json, is_silent: bool)
         session.put(as_text(acknowledged(session.kind, request, session.name)))
     simulator.journal.note("socket", simulator.pace.now_ms(), connection=session.name, what=request["op"], topics=names)
     fresh = [topic for topic in found if (topic.name in session.topics) == (request["op"] == "unsubscribe")]
-    was_watched = WATCHED_TOPIC in session.topics
-    session.topics = session.topics | set(names) if request["op"] == "subscribe" else session.topics - set(names)
-    if session.key is not None and was_watched != (WATCHED_TOPIC in session.topics):
-        if was_watched:
-            simulator.absences.left(session.key.user, simulator.pace.now_ms())
-        else:
-            simulator.absences.arrived(session.key.user)
+    _rename(server, session, request["op"], names)
     for topic in fresh:
         if request["op"] == "unsubscribe":
             simulator.hub.leave(topic)
         elif snapshot := simulator.hub.join(topic):
             deliver(session, as_text(snapshot), simulator.faults(f"push {topic.name}"))
 
-# %% ../../nbs/exchange/13c_server.ipynb #557ba2d1
-def _trade(server: Server, session: Session, request: Json, now_ms: int) -> None:
-    "Serve an order that came by a socket."
-    simulator, path = server.simulator, f"/v5/{request['op'].replace('.', '/')}"
+# %% ../../nbs/exchange/13c_server.ipynb #b1ce86a7
+def _traded(server: Server, session: Session, request: Json, path: str, now_ms: int) -> Answered:
+    "What the exchange answers to an order that came by a socket."
+    simulator, endpoint = server.simulator, PRIVATE.get(("POST", path))
     header, arguments = request.get("header") or {}, request.get("args")
-    endpoint = PRIVATE.get(("POST", path))
-    simulator.advance_to(now_ms)
     try:
         if session.key is None or endpoint is None:
             raise Refusal(10004, "request not authorized") if session.key is None else Refusal(10001, "op is not supported")
@@ -390,9 +425,16 @@ def _trade(server: Server, session: Session, request: Json, now_ms: int) -> None
             raise wrong or Refusal(10001, "params error: args must hold one object")
         if session.key.read_only:
             raise Refusal(10005)
-        answer = asked_by(simulator, session.key, path, endpoint, arguments[0], now_ms)
+        return asked_by(simulator, session.key, path, endpoint, arguments[0], now_ms)
     except Refusal as refusal:
-        answer = refused(refusal, now_ms)
+        return refused(refusal, now_ms)
+
+# %% ../../nbs/exchange/13c_server.ipynb #b064558e
+def _trade(server: Server, session: Session, request: Json, now_ms: int) -> None:
+    "Serve an order that came by a socket."
+    simulator, path = server.simulator, f"/v5/{request['op'].replace('.', '/')}"
+    simulator.advance_to(now_ms)
+    answer = _traded(server, session, request, path, now_ms)
     said, trace = json.loads(answer.text), venue_id(simulator.terms.seed, f"trace-{simulator.number('trace')}").replace("-", "")
     reply = {"retCode": said["retCode"], "retMsg": said["retMsg"], "op": request["op"], "data": said.get("result", {}),
              "retExtInfo": said.get("retExtInfo", {}), "header": {**answer.headers, "Traceid": trace, "Timenow": str(now_ms)},
@@ -404,6 +446,14 @@ def _trade(server: Server, session: Session, request: Json, now_ms: int) -> None
     session.put(as_text(reply))
 
 # %% ../../nbs/exchange/13c_server.ipynb #e1235d5d
+def _ended_by_signal() -> asyncio.Event:
+    "What is set when this process is told to end; never, outside of the main thread."
+    ended = asyncio.Event()
+    if threading.current_thread() is threading.main_thread():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+    return ended
+
+
 def serve(
     simulator: Simulator,
     host: str = "127.0.0.1",
@@ -411,14 +461,16 @@ def serve(
     ready: Callable[[str], None] = print,  # is told the URL once
     until: Callable[[], bool] = lambda: False,  # asked twice a second: whether it is enough
 ) -> None:
-    "Serve until interrupted; raises `UsageError` where the port is taken."
+    "Serve until interrupted or told to end; raises `UsageError` where the port is taken."
 
     async def run() -> None:
-        server = Server(simulator)
+        server, ended = Server(simulator), _ended_by_signal()
         ready(await server.start(host, port))
         try:
-            while not until():
-                await asyncio.sleep(0.5)
+            while not ended.is_set() and not until():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        await ended.wait()
         finally:
             await server.stop()
 

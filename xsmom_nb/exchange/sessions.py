@@ -22,9 +22,9 @@ __all__ = ['LONGEST_QUEUE', 'Session', 'deliver', 'heard_as']
 # %% ../../nbs/exchange/13b_sessions.ipynb #cec48bf0
 LONGEST_QUEUE = 20_000  # messages that may wait for one listener
 
-
-class Session:
-    "One WebSocket connection."
+# %% ../../nbs/exchange/13b_sessions.ipynb #e6d54f10
+class _Socket:
+    "A connection and what it may hear."
 
     def __init__(
         self,
@@ -40,6 +40,10 @@ class Session:
         self.queue: asyncio.Queue[str] = asyncio.Queue()
         self.held: list[str] = []  # messages that come after the next one
         self.no_data_until = self.dead_until = 0.0  # of the loop's clock, seconds
+
+# %% ../../nbs/exchange/13b_sessions.ipynb #7d9464b9
+class Session(_Socket):
+    "One WebSocket connection."
 
     def put(self, text: str) -> None:
         "Send something, unless the line is dead."
@@ -61,29 +65,40 @@ class Session:
             while True:
                 await self.line.send_str(await self.queue.get())
 
-# %% ../../nbs/exchange/13b_sessions.ipynb #7d9464b9
+# %% ../../nbs/exchange/13b_sessions.ipynb #947e97ca
+def _befalls_line(session: Session, fault: Fault, wait: float) -> None:
+    "What a fault does to everything that comes."
+    until = asyncio.get_running_loop().time() + wait
+    if fault.kind == "silent":
+        session.no_data_until = until
+    if fault.kind == "black_hole":
+        session.dead_until = until
+
+# %% ../../nbs/exchange/13b_sessions.ipynb #c0cde1a0
+def _copies(session: Session, text: str, fault: Fault, wait: float, copies: int) -> int:
+    "How many copies of a message go out now; one that comes later is laid aside."
+    if fault.kind == "late":
+        asyncio.get_running_loop().call_later(wait, session.put, text)
+    if fault.kind == "reorder":
+        session.held.append(text)
+    return 2 if fault.kind == "duplicate" else 0 if fault.kind in ("lose", "late", "reorder") else copies
+
+# %% ../../nbs/exchange/13b_sessions.ipynb #25e700ba
 def deliver(
     session: Session,
     text: str,
     faults: tuple[Fault, ...],
 ) -> None:
     "Send a message of a stream, with what befalls it."
-    loop, copies = asyncio.get_running_loop(), 1
+    copies = 1
     for fault in faults:
         wait = float(fault.parameters.get("wait_ms", 0)) / 1000
         if fault.kind == "close":
             session.cut()
             return
-        if fault.kind == "silent":
-            session.no_data_until = loop.time() + wait
-        if fault.kind == "black_hole":
-            session.dead_until = loop.time() + wait
-        if fault.kind == "late":
-            loop.call_later(wait, session.put, text)
-        if fault.kind == "reorder":
-            session.held.append(text)
-        copies = 2 if fault.kind == "duplicate" else 0 if fault.kind in ("lose", "late", "reorder") else copies
-    if copies == 0 or loop.time() < session.no_data_until:
+        _befalls_line(session, fault, wait)
+        copies = _copies(session, text, fault, wait, copies)
+    if copies == 0 or asyncio.get_running_loop().time() < session.no_data_until:
         return
     for each in [text] * copies + session.held:
         session.put(each)

@@ -51,7 +51,7 @@ from .topics import Hub
 from .wire import Json
 
 # %% auto #0
-__all__ = ['Side', 'SIDE', 'Asked', 'Answered', 'Outgoing', 'as_text', 'Terms', 'Simulator', 'answered', 'refused', 'asked_by',
+__all__ = ['Side', 'SIDE', 'Asked', 'Answered', 'Outgoing', 'as_text', 'Terms', 'Simulator', 'refused', 'answered', 'asked_by',
            'clock_json', 'register', 'permit', 'unregister', 'order_fault', 'faults_json', 'clear_faults',
            'change_status', 'by_hand', 'meddle', 'truth', 'side_answer']
 
@@ -72,7 +72,7 @@ class Asked:
         "As a rule of faults names it."
         return f"{self.method} {self.path}"
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #69fbfceb
 @dataclass(frozen=True)
 class Answered:
     "What goes back, and what its user hears on the stream."
@@ -84,7 +84,7 @@ class Answered:
     user: int = 0  # 0: nobody in particular
     pushes: tuple[Push, ...] = ()
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #d55181e2
 @dataclass(frozen=True)
 class Outgoing:
     "A message of a stream."
@@ -93,7 +93,7 @@ class Outgoing:
     message: Json
     user: int = 0  # of a private topic; 0: for everybody
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #964d226b
 def as_text(value: Json) -> str:
     "JSON as Bybit writes it, without spaces."
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
@@ -119,9 +119,19 @@ class Terms:
         if self.push_ms <= 0 or 300_000 % self.push_ms:
             raise UsageError(f"push_ms is {self.push_ms}; expected a divisor of 300000, so that every bar is told as it closes")
 
-# %% ../../nbs/exchange/13_simulator.ipynb #2ddddd0a
-class Simulator:
-    "An exchange."
+# %% ../../nbs/exchange/13_simulator.ipynb #a7a4b33f
+def _require_whole(market: Market, pace: Pace, keys: Sequence[ApiKey], engines: Mapping[int, AccountEngine]) -> None:
+    "Refuse a key without an account, and a clock before the recording."
+    orphan = next((key for key in keys if key.user not in engines), None)
+    if orphan is not None:
+        raise UsageError(f"key {orphan.key!r} belongs to user {orphan.user}, who has no account; give one")
+    if pace.now_ms() < market.tape.start_ms:
+        begin, end, start = map(format_utc, (market.tape.start_ms, market.tape.end_ms, pace.now_ms()))
+        raise UsageError(f"the clock starts at {start}, the recording covers {begin} to {end}; start within")
+
+
+class _Parts:
+    "What an exchange consists of."
 
     def __init__(
         self,
@@ -132,18 +142,49 @@ class Simulator:
         terms: Terms | None = None,
         journal: Journal | None = None,
     ) -> None:
+        _require_whole(market, pace, keys, engines)
         self.market, self.pace, self.terms, self.journal = market, pace, terms or Terms(), journal or Journal()
         self.keys, self.engines = {key.key: key for key in keys}, dict(engines)
-        orphans = [key.key for key in keys if key.user not in self.engines]
-        if orphans:
-            raise UsageError(f"key {orphans[0]!r} belongs to user {self.keys[orphans[0]].user}, who has no account; give one")
-        if pace.now_ms() < market.tape.start_ms:
-            begin, end, start = map(format_utc, (market.tape.start_ms, market.tape.end_ms, pace.now_ms()))
-            raise UsageError(f"the clock starts at {start}, the recording covers {begin} to {end}; start within")
         self.hub, self.limits = Hub(market, pace.now_ms()), RateLimits()
         self.guard, self.door = AddressGuard(self.terms.address_limit), AddressGuard(self.terms.socket_limit)
         self.plan, self.absences = FaultPlan(self.terms.seed), Absences(self.terms.cancels_for_absent)
         self.told_ms, self._numbers, self.outgoing = pace.now_ms(), dict[str, int](), list[Outgoing]()
+
+# %% ../../nbs/exchange/13_simulator.ipynb #793cd0c8
+class _Speaking(_Parts):
+    "An exchange that says something."
+
+    def number(self, name: str) -> int:
+        "Count upwards, from 1."
+        self._numbers[name] = self._numbers.get(name, 0) + 1
+        return self._numbers[name]
+
+    def say(self, user: int, pushes: Sequence[Push], now_ms: int) -> None:
+        "Lay messages of a private stream into `outgoing`: those of a topic one after the other, topics as the seed mixes them."
+        turn = self.number("turn") if len(pushes) > 1 else 0
+        order = sorted(range(len(pushes)), key=lambda i: draw(self.terms.seed, f"push {i}", turn)) if turn else range(len(pushes))
+        waiting = {push.topic: iter([each.rows for each in pushes if each.topic == push.topic]) for push in pushes}
+        for i in order:
+            topic, rows = pushes[i].topic, next(waiting[pushes[i].topic])
+            message_id = f"{user}_{topic}_{self.number('message')}"
+            self.journal.note("push", now_ms, user=user, topic=topic, rows=list(rows))
+            self.outgoing.append(Outgoing(topic, private_message(topic, rows, message_id, now_ms), user))
+
+# %% ../../nbs/exchange/13_simulator.ipynb #47dc5801
+class _Faulty(_Speaking):
+    "An exchange where things go wrong."
+
+    def faults(self, occasion: str) -> tuple[Fault, ...]:
+        "What goes wrong on an occasion; it is counted and noted."
+        self.plan, found = decided(self.plan, occasion)
+        for fault in found:
+            self.journal.note("fault", self.pace.now_ms(), on=occasion, fault=fault.kind, rule=fault.rule,
+                              parameters=dict(fault.parameters))
+        return found
+
+# %% ../../nbs/exchange/13_simulator.ipynb #2ddddd0a
+class Simulator(_Faulty):
+    "An exchange."
 
     def next_due_ms(self) -> int:
         "When something happens next, UTC ms."
@@ -164,31 +205,40 @@ class Simulator:
             if self.absences.is_over(user, now_ms):
                 self.say(user, engine.cancel_all({"category": "linear", "settleCoin": "USDT"}, now_ms).pushes, now_ms)
 
-    def number(self, name: str) -> int:
-        "Count upwards, from 1."
-        self._numbers[name] = self._numbers.get(name, 0) + 1
-        return self._numbers[name]
-
-    def say(self, user: int, pushes: Sequence[Push], now_ms: int) -> None:
-        "Lay messages of a private stream into `outgoing`: those of a topic one after the other, topics as the seed mixes them."
-        turn = self.number("turn") if len(pushes) > 1 else 0
-        order = sorted(range(len(pushes)), key=lambda i: draw(self.terms.seed, f"push {i}", turn)) if turn else range(len(pushes))
-        waiting = {push.topic: iter([each.rows for each in pushes if each.topic == push.topic]) for push in pushes}
-        for i in order:
-            topic, rows = pushes[i].topic, next(waiting[pushes[i].topic])
-            message_id = f"{user}_{topic}_{self.number('message')}"
-            self.journal.note("push", now_ms, user=user, topic=topic, rows=list(rows))
-            self.outgoing.append(Outgoing(topic, private_message(topic, rows, message_id, now_ms), user))
-
-    def faults(self, occasion: str) -> tuple[Fault, ...]:
-        "What goes wrong on an occasion; it is counted and noted."
-        self.plan, found = decided(self.plan, occasion)
-        for fault in found:
-            self.journal.note("fault", self.pace.now_ms(), on=occasion, fault=fault.kind, rule=fault.rule,
-                              parameters=dict(fault.parameters))
-        return found
-
 # %% ../../nbs/exchange/13_simulator.ipynb #5454f47d
+def refused(
+    refusal: Refusal,
+    now_ms: int,
+    headers: Mapping[str, str] | None = None,
+) -> Answered:
+    "The answer that says no."
+    text = as_text(envelope(refusal.result, now_ms, refusal.code, refusal.message))
+    return Answered(refusal.status, text, headers or {}, refusal.code)
+
+# %% ../../nbs/exchange/13_simulator.ipynb #69e055b4
+def _sum(faults: Sequence[Fault], kind: str, name: str) -> int:
+    "What the faults of a kind come to."
+    return sum(int(fault.parameters[name]) for fault in faults if fault.kind == kind)
+
+
+def _whole(result: Json | None, now_ms: int, faults: Sequence[Fault], extra: Json | None = None,
+           headers: Mapping[str, str] | None = None, user: int = 0, pushes: tuple[Push, ...] = ()) -> Answered:
+    "An answer in its envelope, with what the faults do to it."
+    kinds = {fault.kind: fault for fault in faults}
+    for fault in faults:
+        result = bent(result, fault)
+    wrapped: Json = {"retCode": 0, "retMsg": "success"} if result is None else envelope(result, now_ms, extra=extra)
+    if "null_result" in kinds:
+        wrapped = {**wrapped, "result": None}
+    if lie := kinds.get("ret_code_after"):
+        code = int(lie.parameters["code"])
+        wrapped = envelope({}, now_ms, code, lie.parameters["message"] or ERRORS.get(code, ""))
+    text = as_text(wrapped)
+    for kind in kinds:
+        text = garbled(text, kind)
+    return Answered(200, text, headers or {}, wrapped["retCode"], user, pushes)
+
+# %% ../../nbs/exchange/13_simulator.ipynb #49619d85
 _NOT_THERE = Answered(404, "", code=-1)
 _TOO_FREQUENT = Answered(403, "access too frequent", code=-1)
 
@@ -215,40 +265,7 @@ def answered(
     except Refusal as refusal:
         return refused(refusal, now_ms)
 
-
-def refused(
-    refusal: Refusal,
-    now_ms: int,
-    headers: Mapping[str, str] | None = None,
-) -> Answered:
-    "The answer that says no."
-    text = as_text(envelope(refusal.result, now_ms, refusal.code, refusal.message))
-    return Answered(refusal.status, text, headers or {}, refusal.code)
-
-
-def _sum(faults: Sequence[Fault], kind: str, name: str) -> int:
-    "What the faults of a kind come to."
-    return sum(int(fault.parameters[name]) for fault in faults if fault.kind == kind)
-
-# %% ../../nbs/exchange/13_simulator.ipynb #c273e0c0
-def _whole(result: Json | None, now_ms: int, faults: Sequence[Fault], extra: Json | None = None,
-           headers: Mapping[str, str] | None = None, user: int = 0, pushes: tuple[Push, ...] = ()) -> Answered:
-    "An answer in its envelope, with what the faults do to it."
-    kinds = {fault.kind: fault for fault in faults}
-    for fault in faults:
-        result = bent(result, fault)
-    wrapped: Json = {"retCode": 0, "retMsg": "success"} if result is None else envelope(result, now_ms, extra=extra)
-    if "null_result" in kinds:
-        wrapped = {**wrapped, "result": None}
-    if lie := kinds.get("ret_code_after"):
-        code = int(lie.parameters["code"])
-        wrapped = envelope({}, now_ms, code, lie.parameters["message"] or ERRORS.get(code, ""))
-    text = as_text(wrapped)
-    for kind in kinds:
-        text = garbled(text, kind)
-    return Answered(200, text, headers or {}, wrapped["retCode"], user, pushes)
-
-# %% ../../nbs/exchange/13_simulator.ipynb #69e055b4
+# %% ../../nbs/exchange/13_simulator.ipynb #dac12fc8
 def _private(simulator: Simulator, asked: Asked, endpoint: PrivateEndpoint, now_ms: int, faults: Sequence[Fault]) -> Answered:
     "Serve a request that has to be signed; raises `Refusal`."
     pace, is_get = simulator.pace, asked.method == "GET"
@@ -261,7 +278,7 @@ def _private(simulator: Simulator, asked: Asked, endpoint: PrivateEndpoint, now_
     lag_ms = _sum(faults, "lagging", "by_ms")
     return asked_by(simulator, key, asked.path, endpoint, parameters, now_ms, faults, now_ms - lag_ms if lag_ms else None)
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #60b068fa
 def asked_by(
     simulator: Simulator,
     key: ApiKey,  # let in
@@ -289,7 +306,7 @@ def asked_by(
         return refused(refusal, now_ms, headers)
     return _whole(done.result, now_ms, faults, done.extra, headers, key.user, done.pushes)
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #9e76528b
 def _limited(simulator: Simulator, key: ApiKey, path: str, endpoint: PrivateEndpoint, count: int,
              now_ms: int) -> tuple[dict[str, str], int]:
     "The headers of a limit, and how many of what was asked may pass."
@@ -313,25 +330,25 @@ def clock_json(simulator: Simulator, parameters: Json) -> Json:
     return {"now_ms": pace.now_ms(), "mode": pace.mode, "speed": pace.speed, "end_ms": pace.end_ms, "is_over": pace.is_over,
             "permitted": dict(pace.permitted), "awaited": pace.awaited(simulator.next_due_ms())}
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #b2efb905
 def register(simulator: Simulator, parameters: Json) -> Json:
     "A process for which the clock has to wait, until when it need not (`until_ms`)."
     simulator.pace.permitted[str(parameters["process"])] = int(parameters.get("until_ms", simulator.pace.now_ms()))
     return clock_json(simulator, {})
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #ebcf1105
 def permit(simulator: Simulator, parameters: Json) -> Json:
     "A process is done until `until_ms`; without it, until now."
     simulator.pace.permit(str(parameters["process"]), int(parameters.get("until_ms", simulator.pace.now_ms())))
     return clock_json(simulator, {})
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #ab7bba46
 def unregister(simulator: Simulator, parameters: Json) -> Json:
     "The clock no longer waits for a process."
     simulator.pace.permitted.pop(str(parameters["process"]), None)
     return clock_json(simulator, {})
 
-# %% ../../nbs/exchange/13_simulator.ipynb #5ac9ad94
+# %% ../../nbs/exchange/13_simulator.ipynb #83a7c2d2
 def order_fault(simulator: Simulator, parameters: Json) -> Json:
     "One more rule: the fields of `FaultRule`; `name` may be left out."
     rule = {"name": f"rule {len(simulator.plan.rules) + 1}", **parameters}
@@ -341,7 +358,7 @@ def order_fault(simulator: Simulator, parameters: Json) -> Json:
         raise UsageError(f"fault rule: {error}; expected fault, on, times, probability, after, parameters") from error
     return faults_json(simulator, {})
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #cd3a320f
 def faults_json(simulator: Simulator, parameters: Json) -> Json:
     "The rules, with how often each was asked and struck."
     plan = simulator.plan
@@ -349,20 +366,20 @@ def faults_json(simulator: Simulator, parameters: Json) -> Json:
                        "probability": rule.probability, "asked": plan.asked.get(rule.name, 0),
                        "struck": plan.struck.get(rule.name, 0)} for rule in plan.rules]}
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #573b0b9f
 def clear_faults(simulator: Simulator, parameters: Json) -> Json:
     "No rules any more."
     simulator.plan = simulator.plan.without_rules()
     return faults_json(simulator, {})
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #3ed44f0d
 def change_status(simulator: Simulator, parameters: Json) -> Json:
     "Halt, delist or reopen a contract."
     symbol, status = str(parameters.get("symbol")), str(parameters.get("status"))
     set_status(simulator.market, symbol, status, int(parameters.get("delivery_ms", 0)))
     return {"statuses": simulator.market.statuses, "deliveries": simulator.market.deliveries}
 
-# %% ../../nbs/exchange/13_simulator.ipynb #b2efb905
+# %% ../../nbs/exchange/13_simulator.ipynb #0628d7ab
 def _account(simulator: Simulator, parameters: Json) -> tuple[int, AccountEngine]:
     "The account that is meant: of `user`, or the only one."
     user = parameters.get("user", next(iter(simulator.engines), None) if len(simulator.engines) == 1 else None)
@@ -370,7 +387,7 @@ def _account(simulator: Simulator, parameters: Json) -> tuple[int, AccountEngine
         raise UsageError(f"user {user!r}: expected one of {sorted(simulator.engines)}")
     return user, simulator.engines[user]
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #63aef973
 def by_hand(simulator: Simulator, parameters: Json) -> Json:
     "Do as the owner would: `operation` of the account's engine with `parameters`, without key or limit."
     user, engine = _account(simulator, parameters)
@@ -382,7 +399,7 @@ def by_hand(simulator: Simulator, parameters: Json) -> Json:
     simulator.say(user, reply.pushes, now_ms)
     return dict(reply.result)
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #7609ed4e
 def meddle(simulator: Simulator, parameters: Json) -> Json:
     "Do to an account what only an exchange can: `name` and `parameters` are the engine's."
     user, engine = _account(simulator, parameters)
@@ -392,7 +409,7 @@ def meddle(simulator: Simulator, parameters: Json) -> Json:
     simulator.say(user, reply.pushes, now_ms)
     return dict(reply.result)
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #a5024bab
 def truth(simulator: Simulator, parameters: Json) -> Json:
     "Every account as it is, the clock, and how much was journalled."
     now_ms = simulator.pace.now_ms()
@@ -400,14 +417,14 @@ def truth(simulator: Simulator, parameters: Json) -> Json:
     accounts = {str(user): engine.truth(now_ms) for user, engine in simulator.engines.items()}
     return {"now_ms": now_ms, "accounts": accounts, "journal": dict(simulator.journal.counts)}
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #fd586b8b
 SIDE: Mapping[str, Side] = {
     "clock": clock_json, "register": register, "permit": permit, "unregister": unregister, "fault": order_fault,
     "faults": faults_json, "clear-faults": clear_faults, "status": change_status, "by-hand": by_hand, "meddle": meddle,
     "truth": truth,
 }  # fmt: skip
 
-
+# %% ../../nbs/exchange/13_simulator.ipynb #d8d89092
 def side_answer(
     simulator: Simulator,
     name: str,  # a key of `SIDE`

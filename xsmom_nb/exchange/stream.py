@@ -23,6 +23,18 @@ __all__ = ['stream_client', 'stream_urls', 'open_stream', 'Silence', 'Listener',
            'Feed', 'follow']
 
 # %% ../../nbs/exchange/22b_stream.ipynb #73f6fe16
+def _hand_on(client: Any, socket: Any, message: Any) -> None:
+    "Put a message where the reader of its connection finds it."
+    if client.clients.get(socket.url) is socket and socket.url in client.inboxes:
+        client.inboxes[socket.url].put_nowait(message)
+
+# %% ../../nbs/exchange/22b_stream.ipynb #aed3fd41
+def _time_pong(client: Any, socket: Any, message: Any) -> Any:
+    "Note by the wall that a socket has answered."
+    socket.lastPong = time.time_ns() // 1_000_000
+    return message
+
+# %% ../../nbs/exchange/22b_stream.ipynb #ba5e980b
 def stream_client(
     clock: Clock,  # by which log-ins are signed
     **settings: Any,  # of ccxt
@@ -34,16 +46,11 @@ def stream_client(
     class RawBybit(bybit):
         "Bybit's sockets, with messages as they come."
 
+        handle_ohlcv = handle_ticker = handle_order = handle_my_trades = handle_positions = handle_balance = _hand_on
+        handle_subscription_status, handle_pong = _hand_on, _time_pong
+
         def milliseconds(self) -> int:
             return clock.now_ms()
-
-        def hand_on(self, client: Any, message: Any) -> None:
-            "Put a message where the reader of its connection finds it."
-            if self.clients.get(client.url) is client and client.url in self.inboxes:
-                self.inboxes[client.url].put_nowait(message)
-
-        handle_ohlcv = handle_ticker = handle_order = handle_my_trades = handle_positions = handle_balance = hand_on
-        handle_subscription_status = hand_on
 
         def handle_message(self, client: Any, message: Any) -> None:
             try:
@@ -52,10 +59,6 @@ def stream_client(
                 super().handle_message(client, message)
             except Exception as error:  # handed on: whoever waits for this connection gets it
                 client.on_error(ccxt.BadResponse(f"bybit: message {str(message)[:100]!r}: {error!r}"))
-
-        def handle_pong(self, client: Any, message: Any) -> Any:
-            client.lastPong = time.time_ns() // 1_000_000
-            return message
 
         def on_close(self, client: Any, code: Any) -> None:
             if self.clients.get(client.url) is client:
@@ -80,7 +83,7 @@ def stream_urls(
     account = {"spot": {"unified": private, "nonUnified": private}, "contract": private, "usdc": private}
     return {"public": public, "private": {**account, "trade": f"{root}/v5/trade"}}
 
-
+# %% ../../nbs/exchange/22b_stream.ipynb #ed1dca7d
 def open_stream(
     config: Config,  # `live.mode`, `exchange`
     clock: Clock,
@@ -145,7 +148,7 @@ class Listener(Protocol):
         "Ask the exchange; what it told that a message should have. Raises `TransientError`."
         ...
 
-
+# %% ../../nbs/exchange/22b_stream.ipynb #de585d84
 @dataclass(frozen=True)
 class Channel:
     "One socket and what is subscribed to on it."
@@ -154,7 +157,7 @@ class Channel:
     limits: Mapping[str, float]  # by topic: the longest silence, seconds
     is_private: bool = False
 
-
+# %% ../../nbs/exchange/22b_stream.ipynb #f78db4e7
 def public_channel(
     client: Any,  # as `open_stream` makes it
     limits: Mapping[str, float],  # by topic: kline.60.BTCUSDT, tickers.BTCUSDT
@@ -162,7 +165,7 @@ def public_channel(
     "The socket of linear contracts."
     return Channel(client.implode_hostname(client.urls["api"]["ws"]["public"]["linear"]), limits)
 
-
+# %% ../../nbs/exchange/22b_stream.ipynb #e5c4cb86
 def private_channel(
     client: Any,  # as `open_stream` makes it
     seconds: float = 300.0,  # of silence after which the exchange is asked whether nothing happened
@@ -171,13 +174,13 @@ def private_channel(
     url = client.implode_hostname(client.urls["api"]["ws"]["private"]["contract"])
     return Channel(url, dict.fromkeys(("order", "execution", "position", "wallet"), seconds), is_private=True)
 
-# %% ../../nbs/exchange/22b_stream.ipynb #de585d84
+# %% ../../nbs/exchange/22b_stream.ipynb #317e427a
 _ANSWER_SECONDS = 10.0  # for a log-in or a subscription
 _PAUSE_SECONDS = 0.2  # before the first new connection, and before a doubt is cleared up: what belongs together arrives together
 
 
 class _Line:
-    "What a connection begins and ends with."
+    "What a feed is made of."
 
     def __init__(
         self,
@@ -191,6 +194,14 @@ class _Line:
         self._asking = asking or asyncio.Lock()
         self._failures = self.connections = 0
 
+    async def _ask(self) -> Sequence[str]:
+        async with self._asking:
+            return await asyncio.to_thread(patiently, self._listener.resync, attempts=4)
+
+# %% ../../nbs/exchange/22b_stream.ipynb #954e236c
+class _Beginning(_Line):
+    "How a connection begins."
+
     async def _until_acknowledged(self, inbox: asyncio.Queue[Any]) -> list[Any]:
         "Messages that came before the acknowledgement."
         early = list[Any]()
@@ -203,9 +214,9 @@ class _Line:
             else:
                 early.append(item)
 
-    async def _ask(self) -> Sequence[str]:
-        async with self._asking:
-            return await asyncio.to_thread(patiently, self._listener.resync, attempts=4)
+# %% ../../nbs/exchange/22b_stream.ipynb #f6a5713b
+class _Ending(_Beginning):
+    "How a connection ends."
 
     async def _hang_up(self, life: asyncio.Future[Any] | None) -> None:
         "Leave nothing of a connection behind."
@@ -222,8 +233,38 @@ class _Line:
             if not life.cancelled():
                 life.exception()  # was told already, or is our own
 
-# %% ../../nbs/exchange/22b_stream.ipynb #f78db4e7
-class _Ear(_Line):
+# %% ../../nbs/exchange/22b_stream.ipynb #2aa37953
+class _Taking(_Ending):
+    "A connection that is heard."
+
+    def _take(self, item: Any, silence: Silence) -> None:
+        "Hand a message on, or raise what ended the connection."
+        if isinstance(item, asyncio.Future):
+            item.result()
+            raise TransientError("the connection ended")
+        silence.heard(str(item.get("topic")))
+        self._listener.hear(item)
+
+    def _drain(self, inbox: asyncio.Queue[Any], silence: Silence) -> None:
+        while not inbox.empty():
+            self._take(inbox.get_nowait(), silence)
+
+# %% ../../nbs/exchange/22b_stream.ipynb #3c19e799
+class _Watched(_Taking):
+    "A connection whose silence is noticed."
+
+    async def _after_silence(self, silence: Silence) -> None:
+        "A public topic is dead; an account is asked whether nothing has happened."
+        stale = silence.stale()
+        if stale and not self._channel.is_private:
+            raise TransientError(f"{', '.join(stale[:3])}: nothing said for {self._channel.limits[stale[0]]:g} s")
+        if stale and (missed := await self._ask()):
+            raise TransientError(f"no message told of {', '.join(missed[:3])}")
+        if stale:
+            silence.restart()
+
+# %% ../../nbs/exchange/22b_stream.ipynb #4d258fb8
+class _Ear(_Watched):
     "A connection while it lives."
 
     async def _listen(self, inbox: asyncio.Queue[Any], early: list[Any]) -> None:
@@ -247,50 +288,9 @@ class _Ear(_Line):
             else:
                 self._take(item, silence)
 
-    def _drain(self, inbox: asyncio.Queue[Any], silence: Silence) -> None:
-        while not inbox.empty():
-            self._take(inbox.get_nowait(), silence)
-
-    def _take(self, item: Any, silence: Silence) -> None:
-        "Hand a message on, or raise what ended the connection."
-        if isinstance(item, asyncio.Future):
-            item.result()
-            raise TransientError("the connection ended")
-        silence.heard(str(item.get("topic")))
-        self._listener.hear(item)
-
-    async def _after_silence(self, silence: Silence) -> None:
-        "A public topic is dead; an account is asked whether nothing has happened."
-        stale = silence.stale()
-        if stale and not self._channel.is_private:
-            raise TransientError(f"{', '.join(stale[:3])}: nothing said for {self._channel.limits[stale[0]]:g} s")
-        if stale and (missed := await self._ask()):
-            raise TransientError(f"no message told of {', '.join(missed[:3])}")
-        if stale:
-            silence.restart()
-
-# %% ../../nbs/exchange/22b_stream.ipynb #317e427a
-class Feed(_Ear):
-    "A channel, kept alive."
-
-    async def run(self) -> None:
-        "Listen for ever; raises `DataError` for a refusal."
-        import ccxt
-
-        while True:
-            try:
-                await self._connected()
-            except TransientError as error:
-                why: Exception = error
-            except TimeoutError:
-                why = TransientError(f"no answer in {_ANSWER_SECONDS:g} s")
-            except ccxt.BaseError as error:
-                why = read_error(error, "stream")
-                if not isinstance(why, TransientError):
-                    raise why from error
-            self._said(f"{self._channel.url}: {why}; connecting again")
-            await asyncio.sleep(min(_PAUSE_SECONDS * 2**self._failures, 30.0))
-            self._failures = min(self._failures + 1, 10)
+# %% ../../nbs/exchange/22b_stream.ipynb #9209478e
+class _Connection(_Ear):
+    "One connection after the other, if somebody begins them."
 
     async def _connected(self) -> None:
         "One connection, until it ends with an error."
@@ -314,6 +314,29 @@ class Feed(_Ear):
             await self._listen(inbox, early)
         finally:
             await self._hang_up(life)
+
+# %% ../../nbs/exchange/22b_stream.ipynb #00efdb47
+class Feed(_Connection):
+    "A channel, kept alive."
+
+    async def run(self) -> None:
+        "Listen for ever; raises `DataError` for a refusal."
+        import ccxt
+
+        while True:
+            try:
+                await self._connected()
+            except TransientError as error:
+                why: Exception = error
+            except TimeoutError:
+                why = TransientError(f"no answer in {_ANSWER_SECONDS:g} s")
+            except ccxt.BaseError as error:
+                why = read_error(error, "stream")
+                if not isinstance(why, TransientError):
+                    raise why from error
+            self._said(f"{self._channel.url}: {why}; connecting again")
+            await asyncio.sleep(min(_PAUSE_SECONDS * 2**self._failures, 30.0))
+            self._failures = min(self._failures + 1, 10)
 
 # %% ../../nbs/exchange/22b_stream.ipynb #b9326374
 async def follow(

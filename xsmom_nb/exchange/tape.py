@@ -32,7 +32,7 @@ INTERVALS: Mapping[str, int] = {  # Bybit's word to the length in ms; of a month
 }  # fmt: skip
 _FIRST_MONDAY_MS = 4 * DAY_MS  # 1970-01-05
 
-
+# %% ../../nbs/exchange/12b_tape.ipynb #63ae79dc
 def bucket_opens(
     times_ms: np.ndarray,  # int64, UTC ms
     interval: str,  # a key of `INTERVALS`
@@ -43,12 +43,12 @@ def bucket_opens(
     length_ms, offset_ms = INTERVALS[interval], _FIRST_MONDAY_MS if interval == "W" else 0
     return (times_ms - offset_ms) // length_ms * length_ms + offset_ms
 
-# %% ../../nbs/exchange/12b_tape.ipynb #63ae79dc
+# %% ../../nbs/exchange/12b_tape.ipynb #a8b88dc2
 def bucket_open(time_ms: int, interval: str) -> int:
     "When the bar opens in which a time lies, UTC ms."
     return int(bucket_opens(np.array([time_ms], dtype=np.int64), interval)[0])
 
-
+# %% ../../nbs/exchange/12b_tape.ipynb #e5bf8cd3
 def next_open(time_ms: int, interval: str) -> int:
     "When the bar closes in which a time lies, UTC ms."
     opened_ms = bucket_open(time_ms, interval)
@@ -73,7 +73,7 @@ class Columns:
         names = ("open_time_ms", "open", "high", "low", "close", "volume")
         return list(map(Bar, *(getattr(self, name).tolist() for name in names)))
 
-
+# %% ../../nbs/exchange/12b_tape.ipynb #53489843
 def columns_of(
     panel: Panel,
     column: int,
@@ -109,8 +109,8 @@ def walked(
     return Bar(bar.open_time_ms, bar.open, max(seen), min(seen), seen[-1], bar.volume * len(seen) / 4)
 
 # %% ../../nbs/exchange/12b_tape.ipynb #320e93bd
-class Tape:
-    "Recorded bars behind questions that have a time in them."
+class _Reels:
+    "What was recorded."
 
     def __init__(
         self,
@@ -126,6 +126,10 @@ class Tape:
         if inner is not None:
             self._inner_rows = {name: np.flatnonzero(np.isfinite(inner.close[:, j])) for j, name in enumerate(inner.symbols)}
         self.step_ms = timeframe_ms(inner.timeframe if inner is not None else panel.timeframe)  # of the shortest bars
+
+# %% ../../nbs/exchange/12b_tape.ipynb #bb669c5b
+class Tape(_Reels):
+    "Recorded bars behind questions that have a time in them."
 
     @property
     def start_ms(self) -> int:
@@ -154,7 +158,7 @@ def _one(panel: Panel, column: int, row: int) -> Bar | None:
         return None
     return columns_of(panel, column, np.array([row])).bars()[0]
 
-
+# %% ../../nbs/exchange/12b_tape.ipynb #1e47565d
 def _walking(tape: Tape, symbol: str, now_ms: int) -> Bar | None:
     "The shortest bar that runs, as far as it has got; None: nothing moves inside of bars."
     if not tape.walk:
@@ -169,7 +173,7 @@ def _walking(tape: Tape, symbol: str, now_ms: int) -> Bar | None:
     low_first = draw(tape.seed, symbol, bar.open_time_ms) < 0.5
     return walked(bar, (now_ms - bar.open_time_ms) / length_ms, low_first)
 
-# %% ../../nbs/exchange/12b_tape.ipynb #1e47565d
+# %% ../../nbs/exchange/12b_tape.ipynb #bbd9e42f
 def running_parts(
     tape: Tape,
     symbol: str,
@@ -182,7 +186,7 @@ def running_parts(
     walking = _walking(tape, symbol, now_ms)
     return [*parts, walking] if walking else parts
 
-
+# %% ../../nbs/exchange/12b_tape.ipynb #75640dbb
 def last_price(
     tape: Tape,
     symbol: str,
@@ -231,7 +235,7 @@ def _joined(bars: Sequence[Bar], part: Bar) -> list[Bar]:
     high, low = max(old.high, part.high), min(old.low, part.low)
     return [*bars[:-1], Bar(old.open_time_ms, old.open, high, low, part.close, old.volume + part.volume)]
 
-
+# %% ../../nbs/exchange/12b_tape.ipynb #8f3e2890
 def _with_running(tape: Tape, symbol: str, interval: str, bars: list[Bar], now_ms: int, parts: Sequence[Bar]) -> list[Bar]:
     "Bars up to now, the last of them the one that runs; flat where nothing is known of it."
     opened_ms, price = bucket_open(now_ms, interval), last_price(tape, symbol, now_ms)

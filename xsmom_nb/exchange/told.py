@@ -27,12 +27,12 @@ def money(
     "An amount of quote currency."
     return number(amount.quantize(Decimal(1).scaleb(-_WHOLE_MONEY)))
 
-
+# %% ../../nbs/exchange/14_told.ipynb #f41027f7
 def _level(price: Decimal | None, decimals: int) -> str:
     "A price that may not be set."
     return number(price, decimals) if price else ""
 
-# %% ../../nbs/exchange/14_told.ipynb #f41027f7
+# %% ../../nbs/exchange/14_told.ipynb #288dc5ac
 def order_json(
     told: VenueOrder,
     rules: Instrument,
@@ -60,7 +60,7 @@ def order_json(
         "cumFeeDetail": {rules.quote: money(told.fees)} if told.fees else {}, "rpiTakerAccess": False, "rpiMatchedQty": "0",
     }
 
-
+# %% ../../nbs/exchange/14_told.ipynb #11989c6c
 def order_push(
     told: VenueOrder,
     rules: Instrument,
@@ -90,7 +90,7 @@ def execution_json(
         "seq": done.sequence, "extraFees": "",
     }
 
-
+# %% ../../nbs/exchange/14_told.ipynb #05210c5d
 def execution_push(
     done: Execution,
     rules: Instrument,
@@ -134,7 +134,7 @@ def position_json(
         "seq": updated_ms, "tpslMode": "Full",
     }
 
-
+# %% ../../nbs/exchange/14_told.ipynb #60478a33
 def position_push(
     row: Json,  # as `position_json` writes it
 ) -> Json:
@@ -184,7 +184,7 @@ def transaction_json(
         "orderLinkId": line.link_id, "extraFees": "",
     }
 
-
+# %% ../../nbs/exchange/14_told.ipynb #3b6a7572
 def closed_json(
     closed: ClosedProfit,
     rules: Instrument,

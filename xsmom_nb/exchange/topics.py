@@ -25,15 +25,15 @@ from .wire import Book
 from .wire import Json
 
 # %% auto #0
-__all__ = ['DEPTHS', 'PRIVATE_TOPICS', 'SILENT_TOPICS', 'Topic', 'topic_of', 'is_private_topic', 'Told', 'Hub', 'trades_since',
-           'klines_since']
+__all__ = ['DEPTHS', 'PRIVATE_TOPICS', 'SILENT_TOPICS', 'Topic', 'topic_of', 'is_private_topic', 'Told', 'trades_since',
+           'klines_since', 'Hub']
 
 # %% ../../nbs/exchange/12g_topics.ipynb #5e469998
 DEPTHS = (1, 50, 200, 1000)  # levels of a streamed book
 PRIVATE_TOPICS = ("order", "execution", "execution.fast", "position", "wallet")
 SILENT_TOPICS = ("dcp", "dcp.future", "greeks")  # may be subscribed to, and say nothing
 
-
+# %% ../../nbs/exchange/12g_topics.ipynb #2b6e8aec
 @dataclass(frozen=True, slots=True)
 class Topic:
     "A public topic."
@@ -47,7 +47,7 @@ class Topic:
         "As Bybit writes it."
         return ".".join(part for part in (self.kind, self.detail, self.symbol) if part)
 
-
+# %% ../../nbs/exchange/12g_topics.ipynb #4cfac5a1
 def topic_of(
     text: str,  # as a client asks for it
     symbols: Sequence[str],  # that are listed
@@ -65,14 +65,14 @@ def topic_of(
         raise Refusal(10001, f"Invalid symbol :[{text}]")
     return Topic(kind, detail, rest[-1])
 
-
+# %% ../../nbs/exchange/12g_topics.ipynb #fa988855
 def is_private_topic(text: str) -> bool:
     "Whether a private socket may listen to it; of the linear category or of all."
     return str(text).removesuffix(".linear") in (*PRIVATE_TOPICS, *SILENT_TOPICS)
 
 # %% ../../nbs/exchange/12g_topics.ipynb #de24bac7
-class Told:
-    "What the listeners of tickers and books know."
+class _Known:
+    "What was last told of tickers and books."
 
     def __init__(self, market: Market) -> None:
         self.market = market
@@ -92,12 +92,20 @@ class Told:
         if topic.kind == "orderbook":
             self._books.pop((topic.symbol, int(topic.detail)), None)
 
+# %% ../../nbs/exchange/12g_topics.ipynb #876f5b39
+class _Snapshots(_Known):
+    "What is told to one who comes later."
+
     def snapshot(self, topic: Topic, now_ms: int) -> Json | None:  # None: nothing was told
         "What the listeners of a ticker or a book know, for one more."
         if topic.kind == "tickers" and topic.symbol in self._tickers:
             return ticker_message(self._tickers[topic.symbol], None, now_ms, now_ms)
         book = self._books.get((topic.symbol, int(topic.detail))) if topic.kind == "orderbook" else None
         return book_message(book, None, int(topic.detail), self.market.rules(topic.symbol, now_ms)) if book else None
+
+# %% ../../nbs/exchange/12g_topics.ipynb #a9779ff5
+class _Tickers(_Snapshots):
+    "What is new about tickers."
 
     def ticker(self, topic: Topic, now_ms: int) -> Json | None:  # None: there is nothing new
         "A ticker, whole or what has changed."
@@ -106,6 +114,10 @@ class Told:
             return None
         self._tickers[topic.symbol] = now
         return ticker_message(now, before, now_ms, now_ms)
+
+# %% ../../nbs/exchange/12g_topics.ipynb #197644d9
+class Told(_Tickers):
+    "What the listeners of tickers and books know."
 
     def book(self, topic: Topic, now_ms: int) -> Json | None:  # None: there is nothing new
         "A book, whole or what has changed."
@@ -119,58 +131,14 @@ class Told:
             self._books[place] = numbered
         return message
 
-# %% ../../nbs/exchange/12g_topics.ipynb #876f5b39
-class Hub:
-    "What is said on public topics."
-
-    def __init__(
-        self,
-        market: Market,
-        now_ms: int,
-    ) -> None:
-        self.market, self.told_ms, self._told = market, now_ms, Told(market)
-        self.topics: dict[Topic, int] = {}  # how many listen
-
-    def join(self, topic: Topic) -> Json | None:  # None: there is nothing to say yet
-        "One more listener; the snapshot that it gets."
-        is_first = not self.topics.get(topic)
-        self.topics[topic] = self.topics.get(topic, 0) + 1
-        if is_first:
-            self._told.forget(topic)
-        if is_first or topic.kind in ("kline", "publicTrade"):
-            return next(iter(self._said(topic, self.told_ms, self.told_ms)), None)
-        return self._told.snapshot(topic, self.told_ms)
-
-    def leave(self, topic: Topic) -> None:
-        "One listener less."
-        left = self.topics.pop(topic) - 1
-        if left:
-            self.topics[topic] = left
-
-    def news(self, now_ms: int) -> list[tuple[Topic, Json]]:
-        "What there is to say since the last time."
-        before_ms, self.told_ms = self.told_ms, now_ms
-        return [(topic, message) for topic in self.topics for message in self._said(topic, before_ms, now_ms)]
-
-    def _said(self, topic: Topic, before_ms: int, now_ms: int) -> Iterable[Json]:
-        "The messages of one topic."
-        if topic.kind == "kline":
-            return klines_since(self.market, topic, before_ms, now_ms)
-        if before_ms < now_ms and self.market.moment(before_ms) == self.market.moment(now_ms) and self._told.knows(topic):
-            return []
-        if topic.kind == "publicTrade":
-            return trades_since(self.market, topic, before_ms, now_ms)
-        message = self._told.ticker(topic, now_ms) if topic.kind == "tickers" else self._told.book(topic, now_ms)
-        return [message] if message else []
-
-# %% ../../nbs/exchange/12g_topics.ipynb #197644d9
+# %% ../../nbs/exchange/12g_topics.ipynb #a9390091
 def _told_at(market: Market, symbol: str, time_ms: int) -> int:
     "When a trade is told: as its shortest recorded bar has closed."
     tape = market.tape
     step_ms = tape.step_ms if tape.inner is not None and symbol in tape.inner.symbols else tape.recording.step_ms
     return (time_ms // step_ms + 1) * step_ms
 
-
+# %% ../../nbs/exchange/12g_topics.ipynb #3b0ef80d
 def trades_since(
     market: Market,
     topic: Topic,
@@ -202,3 +170,51 @@ def klines_since(
         if end_ms > now_ms:
             messages.append(kline_message(topic.symbol, topic.detail, bar, end_ms, rules, False, now_ms))
     return messages
+
+# %% ../../nbs/exchange/12g_topics.ipynb #49b79686
+class _Sayings:
+    "What there is to say on a topic."
+
+    def __init__(
+        self,
+        market: Market,
+        now_ms: int,
+    ) -> None:
+        self.market, self.told_ms, self._told = market, now_ms, Told(market)
+        self.topics: dict[Topic, int] = {}  # how many listen
+
+    def _said(self, topic: Topic, before_ms: int, now_ms: int) -> Iterable[Json]:
+        "The messages of one topic."
+        if topic.kind == "kline":
+            return klines_since(self.market, topic, before_ms, now_ms)
+        if before_ms < now_ms and self.market.moment(before_ms) == self.market.moment(now_ms) and self._told.knows(topic):
+            return []
+        if topic.kind == "publicTrade":
+            return trades_since(self.market, topic, before_ms, now_ms)
+        message = self._told.ticker(topic, now_ms) if topic.kind == "tickers" else self._told.book(topic, now_ms)
+        return [message] if message else []
+
+# %% ../../nbs/exchange/12g_topics.ipynb #a8cb3654
+class Hub(_Sayings):
+    "What is said on public topics."
+
+    def join(self, topic: Topic) -> Json | None:  # None: there is nothing to say yet
+        "One more listener; the snapshot that it gets."
+        is_first = not self.topics.get(topic)
+        self.topics[topic] = self.topics.get(topic, 0) + 1
+        if is_first:
+            self._told.forget(topic)
+        if is_first or topic.kind in ("kline", "publicTrade"):
+            return next(iter(self._said(topic, self.told_ms, self.told_ms)), None)
+        return self._told.snapshot(topic, self.told_ms)
+
+    def leave(self, topic: Topic) -> None:
+        "One listener less."
+        left = self.topics.pop(topic) - 1
+        if left:
+            self.topics[topic] = left
+
+    def news(self, now_ms: int) -> list[tuple[Topic, Json]]:
+        "What there is to say since the last time."
+        before_ms, self.told_ms = self.told_ms, now_ms
+        return [(topic, message) for topic in self.topics for message in self._said(topic, before_ms, now_ms)]

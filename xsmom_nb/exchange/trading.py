@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from ..clock import SimulatedClock
 from ..config import Config
-from .asked import amount_of, choice_of, fits, levels_of, named, placement_of, span_of, within
+from .asked import amount_of, choice_of, fits, index_of, levels_of, named, placement_of, span_of, within
 from .books import ZERO, deposited
 from xsmom_nb.exchange.engine import (
     MarginMode,
@@ -61,7 +61,7 @@ from ..ports import Instrument, QuotePort
 __all__ = ['told_of', 'realized_of', 'meddled', 'truth_of', 'TradingEngine']
 
 # %% ../../nbs/exchange/14b_trading.ipynb #94ed1947
-class _Counter:
+class _Clocked:
     "An account, and a clock that is set to the time of each question."
 
     def __init__(
@@ -82,12 +82,55 @@ class _Counter:
         follow(self.account)
         return self.account
 
+# %% ../../nbs/exchange/14b_trading.ipynb #cade6c3f
+class _Ruled(_Clocked):
+    "An account that knows its contracts."
+
     def rules(self, symbol: str) -> Instrument:
         "A contract's rules; raises `Refusal`."
         found = next((each for each in self.account.market.fetch_instruments() if each.symbol == symbol), None)
         if found is None:
             raise Refusal(10001, "Not supported symbols")
         return found
+
+# %% ../../nbs/exchange/14b_trading.ipynb #af65d45f
+class _Positions(_Ruled):
+    "An account that knows how a position stands."
+
+    def position_row(self, slot: str) -> Json:
+        "One position as it stands."
+        account, rules = self.account, self.rules(symbol_of(slot))
+        holding, profit = marked_books(account).holdings.get(slot), account.profits.get(slot)
+        return position_json(slot, holding, margin(account), tiers_of(account)[symbol_of(slot)], rules,
+                             leverage_of(account)(slot),
+                             profit.price if profit else None, ZERO, account.clock.now_ms())
+
+# %% ../../nbs/exchange/14b_trading.ipynb #c8e153b8
+def told_of(
+    counter: _Counter,
+    news: News,
+) -> Push:
+    "A piece of news as the stream tells it."
+    what = news.what
+    if isinstance(what, VenueOrder):
+        return Push("order", (order_push(what, counter.rules(what.order.symbol)),))
+    if isinstance(what, Execution):
+        return Push("execution", (execution_push(what, counter.rules(what.fill.symbol)),))
+    if isinstance(what, str):
+        return Push("position", (position_push(counter.position_row(what)),))
+    account = counter.account
+    return Push("wallet", (wallet_json(margin(account), account.config.exchange.quote, realized_of(account)),))
+
+# %% ../../nbs/exchange/14b_trading.ipynb #95b75816
+def realized_of(
+    account: VenueAccount,
+) -> Decimal:  # quote currency
+    "What trading and funding brought since the account was opened."
+    return sum((line.change for line in account.transactions if not line.kind.startswith("TRANSFER")), ZERO)
+
+# %% ../../nbs/exchange/14b_trading.ipynb #f8993227
+class _Counter(_Positions):
+    "An account at a counter: it is asked, it answers, and it tells what came of it."
 
     def heard(self) -> tuple[Push, ...]:
         "What has to be told and was not yet."
@@ -102,17 +145,9 @@ class _Counter:
         named = {"orderId": reply.order_id, "orderLinkId": reply.link_id} if reply.order_id else {}
         return Told({**named, **more}, self.heard())
 
-    def position_row(self, slot: str) -> Json:
-        "One position as it stands."
-        account, rules = self.account, self.rules(symbol_of(slot))
-        holding, profit = marked_books(account).holdings.get(slot), account.profits.get(slot)
-        return position_json(slot, holding, margin(account), tiers_of(account)[symbol_of(slot)], rules,
-                             leverage_of(account)(slot),
-                             profit.price if profit else None, ZERO, account.clock.now_ms())
-
-# %% ../../nbs/exchange/14b_trading.ipynb #9655d461
-class _Changes(_Counter):
-    "Orders, stops, settings."
+# %% ../../nbs/exchange/14b_trading.ipynb #069d0f3d
+class _Placing(_Counter):
+    "New orders, and other terms for open ones."
 
     def create_order(self, order: Json, now_ms: int) -> Told:
         "Place an order."
@@ -127,6 +162,10 @@ class _Changes(_Counter):
         numbers = (amount_of(change, key) or None for key in ("qty", "price", "triggerPrice"))
         return self.answer(amend(self.at(now_ms), change["symbol"], *named(change), *numbers))
 
+# %% ../../nbs/exchange/14b_trading.ipynb #142da0e6
+class _Cancelling(_Placing):
+    "Orders that are taken back."
+
     def cancel_order(self, which: Json, now_ms: int) -> Told:
         "Cancel one order."
         return self.answer(cancel(self.at(now_ms), which["symbol"], *named(which)))
@@ -138,10 +177,13 @@ class _Changes(_Counter):
         rows = [{"orderId": each.order.order_id, "orderLinkId": each.terms.link_id} for each in gone]
         return Told({"list": rows, "success": "1"}, self.heard())
 
+# %% ../../nbs/exchange/14b_trading.ipynb #4860333d
+class _Changes(_Cancelling):
+    "Orders, stops, settings."
+
     def set_trading_stop(self, stop: Json, now_ms: int) -> Told:
         "Set, move or take away the levels of a position."
-        index = int(stop.get("positionIdx") or 0)
-        return self.answer(set_trading_stop(self.at(now_ms), stop["symbol"], index, *levels_of(stop)))
+        return self.answer(set_trading_stop(self.at(now_ms), stop["symbol"], index_of(stop), *levels_of(stop)))
 
     def set_leverage(self, leverage: Json, now_ms: int) -> Told:
         "Set a symbol's leverage."
@@ -159,7 +201,7 @@ class _Changes(_Counter):
         wanted = cast(MarginMode, choice_of(mode, "setMarginMode", modes))
         return self.answer(set_margin_mode(self.at(now_ms), wanted), reasons=[])
 
-# %% ../../nbs/exchange/14b_trading.ipynb #cade6c3f
+# %% ../../nbs/exchange/14b_trading.ipynb #bac4c502
 _UNFILLED_KEPT_MS = 86_400_000  # how long an order of which nothing filled is in the history
 
 
@@ -167,7 +209,7 @@ def _is_kept(ended: VenueOrder, now_ms: int) -> bool:
     "Whether the history still has an order that has ended."
     return bool(ended.order.filled_quantity) or ended.order.updated_ms >= now_ms - _UNFILLED_KEPT_MS
 
-
+# %% ../../nbs/exchange/14b_trading.ipynb #2abae33f
 class _OrderLists(_Counter):
     "Orders and what became of them."
 
@@ -189,6 +231,10 @@ class _OrderLists(_Counter):
             wanted = [row for row in wanted if (row["stopOrderType"] == "") == (query["orderFilter"] == "Order")]
         return wanted
 
+# %% ../../nbs/exchange/14b_trading.ipynb #be1b1c97
+class _PositionLists(_Counter):
+    "Executions, and what is held."
+
     def executions(self, query: Json, now_ms: int) -> Sequence[Json]:
         "What was done to positions."
         found = within(self.at(now_ms).executions, lambda each: each.fill.time_ms, span_of(query, now_ms))
@@ -203,9 +249,9 @@ class _OrderLists(_Counter):
         self.rules(symbol)
         return [self.position_row(slot_of(symbol, index)) for index in ((1, 2) if symbol in account.hedged else (0,))]
 
-# %% ../../nbs/exchange/14b_trading.ipynb #60405ad0
-class _AccountLists(_Counter):
-    "Money and terms."
+# %% ../../nbs/exchange/14b_trading.ipynb #65f16080
+class _Books(_Counter):
+    "What trading brought."
 
     def closed_profits(self, query: Json, now_ms: int) -> Sequence[Json]:
         "What closing brought."
@@ -216,6 +262,10 @@ class _AccountLists(_Counter):
         "Movements of the wallet."
         found = within(self.at(now_ms).transactions, lambda each: each.time_ms, span_of(query, now_ms))
         return [row for each in found if fits(row := transaction_json(each, self._quote), query, symbol="symbol", type="type")]
+
+# %% ../../nbs/exchange/14b_trading.ipynb #538aabcd
+class _AccountLists(_Books):
+    "Money and terms."
 
     def fee_rates(self, query: Json, now_ms: int) -> Sequence[Json]:
         "Fees of one symbol, or of all."
@@ -235,30 +285,7 @@ class _AccountLists(_Counter):
         return {"marginMode": self.at(now_ms).margin_mode, "updatedTime": str(self.account.reached_ms), "unifiedMarginStatus": 6,
                 "dcpStatus": "OFF", "timeWindow": 10, "smpGroup": 0, "isMasterTrader": False, "spotHedgingStatus": "OFF"}
 
-# %% ../../nbs/exchange/14b_trading.ipynb #c8e153b8
-def told_of(
-    counter: _Counter,
-    news: News,
-) -> Push:
-    "A piece of news as the stream tells it."
-    what = news.what
-    if isinstance(what, VenueOrder):
-        return Push("order", (order_push(what, counter.rules(what.order.symbol)),))
-    if isinstance(what, Execution):
-        return Push("execution", (execution_push(what, counter.rules(what.fill.symbol)),))
-    if isinstance(what, str):
-        return Push("position", (position_push(counter.position_row(what)),))
-    account = counter.account
-    return Push("wallet", (wallet_json(margin(account), account.config.exchange.quote, realized_of(account)),))
-
-
-def realized_of(
-    account: VenueAccount,
-) -> Decimal:  # quote currency
-    "What trading and funding brought since the account was opened."
-    return sum((line.change for line in account.transactions if not line.kind.startswith("TRANSFER")), ZERO)
-
-# %% ../../nbs/exchange/14b_trading.ipynb #95b75816
+# %% ../../nbs/exchange/14b_trading.ipynb #986c6df6
 def meddled(
     counter: _Changes,
     name: str,
@@ -270,7 +297,7 @@ def meddled(
     if name == "trade":
         return counter.create_order({"orderType": "Market", **parameters}, now_ms)
     if name == "deleverage":
-        return counter.answer(deleverage(account, parameters["symbol"], quantity, int(parameters.get("positionIdx") or 0)))
+        return counter.answer(deleverage(account, parameters["symbol"], quantity, index_of(parameters)))
     if name == "fill":
         return counter.answer(fill_waiting(account, parameters["symbol"], *named(parameters), quantity))
     if name == "liquidate":
@@ -281,7 +308,15 @@ def meddled(
         return Told({}, counter.heard())
     raise Refusal(10001, f"{name!r}: expected one of trade, fill, deleverage, liquidate, deposit")
 
+# %% ../../nbs/exchange/14b_trading.ipynb #c44fded8
+def _fill_told(done: Execution) -> Json:
+    "An execution, every amount as text."
+    fill = done.fill
+    return {"id": fill.fill_id, "order_id": fill.order_id, "link_id": fill.link_id, "symbol": fill.symbol, "side": fill.side,
+            "quantity": str(fill.quantity), "price": str(fill.price), "fee": str(fill.fee), "time_ms": fill.time_ms,
+            "kind": done.kind}
 
+# %% ../../nbs/exchange/14b_trading.ipynb #206834e6
 def truth_of(
     counter: _Counter,
     now_ms: int,
@@ -296,14 +331,11 @@ def truth_of(
         "orders": {each.order.order_id: {
             "link_id": each.terms.link_id, "symbol": each.order.symbol, "status": each.status,
             "filled": str(each.order.filled_quantity)} for each in account.orders.values()},
-        "fills": [{"id": each.fill.fill_id, "order_id": each.fill.order_id, "link_id": each.fill.link_id,
-                   "symbol": each.fill.symbol,
-                   "side": each.fill.side, "quantity": str(each.fill.quantity), "price": str(each.fill.price),
-                   "fee": str(each.fill.fee), "time_ms": each.fill.time_ms, "kind": each.kind} for each in account.executions],
+        "fills": [_fill_told(each) for each in account.executions],
     }
 
-# %% ../../nbs/exchange/14b_trading.ipynb #f8993227
-class TradingEngine(_Changes, _OrderLists, _AccountLists):
+# %% ../../nbs/exchange/14b_trading.ipynb #9ed69bf2
+class TradingEngine(_Changes, _OrderLists, _PositionLists, _AccountLists):
     "A simulated account; an `AccountEngine`."
 
     def advance(self, now_ms: int) -> Sequence[Push]:

@@ -28,7 +28,7 @@ def slot_of(
     "The name under which the books keep a position."
     return symbol if index == 0 else f"{symbol}#{index}"
 
-
+# %% ../../nbs/exchange/06_venue.ipynb #c58d681b
 def symbol_of(slot: str) -> str:
     "The contract of a slot."
     return slot.partition("#")[0]
@@ -62,7 +62,7 @@ class Terms:
     created_by: str = "CreateByUser"
     stop_type: str = ""  # StopLoss, TakeProfit, PartialStopLoss, PartialTakeProfit, Stop
 
-
+# %% ../../nbs/exchange/06_venue.ipynb #de33016a
 @dataclass(frozen=True, slots=True)
 class VenueOrder:
     "An order as the exchange tells it."
@@ -93,7 +93,7 @@ _ENDINGS = {  # reason in the books -> cancelType, rejectReason
     "CancelByTpSlTsClear": ("CancelByTpSlTsClear", "EC_NoError"),
 }
 
-
+# %% ../../nbs/exchange/06_venue.ipynb #59bf5de1
 def ending_of(
     reason: str,  # of an order in the books
 ) -> tuple[str, str]:  # cancelType and rejectReason

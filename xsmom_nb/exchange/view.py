@@ -38,7 +38,7 @@ class Known(Generic[Fact]):
     value: Fact
     stamp: Stamp
 
-
+# %% ../../nbs/exchange/22_view.ipynb #0c3fcbe5
 def newer(
     known: Known[Fact] | None,  # None: nothing yet
     told: Known[Fact],
@@ -65,11 +65,16 @@ def rows_told(
     return message["topic"], rows
 
 # %% ../../nbs/exchange/22_view.ipynb #b1c89f5a
+def _held(position: Position | None) -> tuple[object, ...] | None:
+    "What of a position changes by orders alone."
+    return (position.quantity, position.average_price, position.stop_price) if position else None
+
+# %% ../../nbs/exchange/22_view.ipynb #5637d031
 _OVERLAP_MS = 60_000
 
 
-class AccountFacts:
-    "One account, as messages tell it."
+class _Facts:
+    "What is known of an account."
 
     def __init__(
         self,
@@ -89,6 +94,27 @@ class AccountFacts:
         "Orders that may still fill, ascending by creation."
         found = [known.value for known in self.orders.values() if known.value.is_open]
         return sorted(found, key=lambda each: (each.created_ms, each.order_id))
+
+# %% ../../nbs/exchange/22_view.ipynb #a3170007
+class _Merging(_Facts):
+    "An account that takes orders and fills."
+
+    def _take_order(self, order: Order) -> bool:  # whether it was news
+        before = self.orders.get(order.order_id)
+        self.orders[order.order_id], doubt = newer(before, Known(order, order_stamp(order)))
+        self.is_doubtful |= doubt
+        return self.orders[order.order_id] is not before
+
+    def _take_fill(self, fill: Fill) -> bool:  # whether it was news
+        if fill.fill_id in self.fills or fill.time_ms < self._start_ms:
+            return False
+        self.fills[fill.fill_id] = fill
+        self._on_fill(fill)
+        return True
+
+# %% ../../nbs/exchange/22_view.ipynb #258dc51c
+class AccountFacts(_Merging):
+    "One account, as messages tell it."
 
     def begin(self) -> None:
         "A new connection: what was said before it is not known."
@@ -110,19 +136,6 @@ class AccountFacts:
                 self._account, doubt = newer(self._account, Known(read_account(row), (whole_of(message, "creationTime"),)))
                 self.is_doubtful |= doubt
 
-    def _take_order(self, order: Order) -> bool:  # whether it was news
-        before = self.orders.get(order.order_id)
-        self.orders[order.order_id], doubt = newer(before, Known(order, order_stamp(order)))
-        self.is_doubtful |= doubt
-        return self.orders[order.order_id] is not before
-
-    def _take_fill(self, fill: Fill) -> bool:  # whether it was news
-        if fill.fill_id in self.fills or fill.time_ms < self._start_ms:
-            return False
-        self.fills[fill.fill_id] = fill
-        self._on_fill(fill)
-        return True
-
     def _take_position(self, row: Row) -> None:
         "A row of the topic, which calls the entry price by another name than REST."
         position, symbol = read_position({**row, "avgPrice": row.get("entryPrice", row.get("avgPrice"))}), text_of(row, "symbol")
@@ -131,13 +144,32 @@ class AccountFacts:
         self._positions[symbol] = known
         self.is_doubtful |= doubt and before is not None and _held(before.value) != _held(position)
 
+# %% ../../nbs/exchange/22_view.ipynb #7569b9cd
+class _Asking(AccountFacts):
+    "An account that can be asked for."
 
-def _held(position: Position | None) -> tuple[object, ...] | None:
-    "What of a position changes by orders alone."
-    return (position.quantity, position.average_price, position.stop_price) if position else None
+    def _ended_since(self, open_ids: set[str], asked_ms: int) -> list[Order]:
+        "What became of orders that were open and are no longer told among those that are."
+        ended = list[Order]()
+        for gone in (order for order in self.open_orders if order.order_id not in open_ids):
+            found = self._port.find_order(gone.symbol, gone.link_id) if gone.link_id else None
+            if found is None:  # somebody else's, or forgotten by the exchange: all we know is that it is not open
+                found = replace(gone, status="Cancelled", reason="not among the open orders", updated_ms=asked_ms)
+            ended.append(found)
+        return ended
 
-# %% ../../nbs/exchange/22_view.ipynb #5637d031
-class AccountView(AccountFacts):
+    def _learn_orders(self, orders: list[Order]) -> list[str]:  # what no message told
+        "Take orders that were asked for; of two that have come equally far the answer is right."
+        news = list[str]()
+        for order in orders:
+            known = self.orders.get(order.order_id)
+            if known is None or order_stamp(order) >= known.stamp:
+                news += [f"order {order.order_id}"] if known is None or order_stamp(order) > known.stamp else []
+                self.orders[order.order_id] = Known(order, order_stamp(order))
+        return news
+
+# %% ../../nbs/exchange/22_view.ipynb #af1078b9
+class AccountView(_Asking):
     "One account, as messages and answers tell it; a `Listener`."
 
     @property
@@ -152,24 +184,14 @@ class AccountView(AccountFacts):
 
     def resync(self) -> list[str]:
         "Ask the exchange, and learn what no message told; raises `TransientError`."
-        asked_ms, news = self._port.fetch_time_ms(), list[str]()
+        asked_ms = self._port.fetch_time_ms()
         last_ms = max((fill.time_ms for fill in self.fills.values()), default=self._start_ms)
         fills = self._port.fetch_fills(max(last_ms - _OVERLAP_MS, self._start_ms))
         orders, held = list(self._port.fetch_open_orders()), list(self._port.fetch_positions())
         account = self._port.fetch_account()
-        among = {order.order_id for order in orders}
-        for gone in (order for order in self.open_orders if order.order_id not in among):
-            ended = self._port.find_order(gone.symbol, gone.link_id) if gone.link_id else None
-            if ended is None:  # somebody else's, or forgotten by the exchange: all we know is that it is not open
-                ended = replace(gone, status="Cancelled", reason="not among the open orders", updated_ms=asked_ms)
-            orders.append(ended)
+        orders += self._ended_since({order.order_id for order in orders}, asked_ms)
         self.is_doubtful = False
-        news += [f"fill {fill.fill_id}" for fill in fills if self._take_fill(fill)]
-        for order in orders:
-            known = self.orders.get(order.order_id)
-            if known is None or order_stamp(order) >= known.stamp:
-                news += [f"order {order.order_id}"] if known is None or order_stamp(order) > known.stamp else []
-                self.orders[order.order_id] = Known(order, order_stamp(order))
+        news = [f"fill {fill.fill_id}" for fill in fills if self._take_fill(fill)] + self._learn_orders(orders)
         now_held = {position.symbol: position for position in held}
         for symbol in {*now_held, *self._positions}:
             self._positions[symbol] = Known(now_held.get(symbol), (asked_ms,))

@@ -26,7 +26,7 @@ __all__ = ['Json', 'Level', 'ENUMERATIONS', 'decimals_of', 'number', 'instrument
 # %% ../../nbs/exchange/10_wire.ipynb #a4f9f972
 Json = dict[str, Any]
 
-
+# %% ../../nbs/exchange/10_wire.ipynb #3703092e
 def decimals_of(
     step: Decimal,  # a price tick or a quantity step
 ) -> int:
@@ -95,7 +95,7 @@ def turnover_of(bar: Bar) -> float:  # quote currency
     "What a bar turned over, about."
     return bar.volume * (bar.open + bar.high + bar.low + bar.close) / 4
 
-
+# %% ../../nbs/exchange/10_wire.ipynb #ea875bfa
 def kline_row(
     bar: Bar,
     decimals: int,  # of the price
@@ -154,7 +154,7 @@ def ticker_json(
 # %% ../../nbs/exchange/10_wire.ipynb #cc79d1cd
 Level = tuple[Decimal, Decimal]  # price, size in base units
 
-
+# %% ../../nbs/exchange/10_wire.ipynb #083f5497
 @dataclass(frozen=True, slots=True)
 class Book:
     "Both sides of a book at one time."
@@ -166,7 +166,7 @@ class Book:
     update: int  # of this book, ascending by one
     sequence: int  # of the exchange, ascending
 
-
+# %% ../../nbs/exchange/10_wire.ipynb #d86499db
 def levels_json(
     levels: Iterable[Level],
     rules: Instrument,
@@ -175,7 +175,7 @@ def levels_json(
     prices, sizes = decimals_of(rules.price_tick), decimals_of(rules.quantity_step)
     return [[number(price, prices), number(size, sizes) if size else "0"] for price, size in levels]
 
-
+# %% ../../nbs/exchange/10_wire.ipynb #bd39ac64
 def book_json(
     book: Book,
     rules: Instrument,
@@ -198,7 +198,7 @@ class PublicTrade:
     rose: bool  # whether the price is not below that of the trade before
     sequence: int
 
-
+# %% ../../nbs/exchange/10_wire.ipynb #c67bb95b
 def trade_json(
     trade: PublicTrade,
     rules: Instrument,
@@ -208,7 +208,7 @@ def trade_json(
             "size": number(trade.size), "side": trade.side, "time": str(trade.time_ms), "isBlockTrade": False,
             "isRPITrade": False, "seq": str(trade.sequence)}
 
-
+# %% ../../nbs/exchange/10_wire.ipynb #9fc5ed04
 def funding_json(
     symbol: str,
     settlement: FundingRate,
@@ -216,7 +216,7 @@ def funding_json(
     "An element of `funding/history`."
     return {"symbol": symbol, "fundingRate": number(settlement.rate), "fundingRateTimestamp": str(settlement.time_ms)}
 
-
+# %% ../../nbs/exchange/10_wire.ipynb #020d3b09
 def open_interest_json(
     time_ms: int,  # UTC ms
     open_interest: float,  # base units
