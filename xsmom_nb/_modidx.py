@@ -842,6 +842,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'xsmom_nb.decide._by_symbol': ('decide.html#_by_symbol', 'xsmom_nb/decide.py'),
                                  'xsmom_nb.decide._cards': ('decide.html#_cards', 'xsmom_nb/decide.py'),
                                  'xsmom_nb.decide._continued': ('decide.html#_continued', 'xsmom_nb/decide.py'),
+                                 'xsmom_nb.decide._gaps': ('decide.html#_gaps', 'xsmom_nb/decide.py'),
                                  'xsmom_nb.decide._memory_after': ('decide.html#_memory_after', 'xsmom_nb/decide.py'),
                                  'xsmom_nb.decide._notices': ('decide.html#_notices', 'xsmom_nb/decide.py'),
                                  'xsmom_nb.decide._number': ('decide.html#_number', 'xsmom_nb/decide.py'),
