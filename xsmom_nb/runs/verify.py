@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import RunError
 from ..files import locked, sha256_file
 from .chain import Entry, entry_digest, parse_entry, read_chain, run_folders, sealed_content, signature_holds
-from .record import is_running, read_manifest, run_files
+from .record import FileRecord, is_running, read_manifest, run_files
 from ..state import ChainHead, State
 
 # %% auto #0
@@ -140,6 +140,19 @@ def _check_end(
         found.notes.append(f"the state store is {behind} entries behind the chain, as after a crash; the next run mends that")
 
 # %% ../../nbs/runs/00c_verify.ipynb #437e8b40
+def _check_signature(
+    content: Mapping[str, Any],  # of a manifest that matches its own digest
+    trusted_key: str | None,  # public key that signatures must be of; None: whatever key the manifest names
+) -> str | None:  # what is wrong; None: nothing
+    "Whether a manifest that is signed is signed by whom it should be."
+    signer, signature = content.get("signed_by"), content.get("signature")
+    if (signer or signature) and not signature_holds(signer or "", content["digest"], signature or ""):
+        return "its signature does not hold"
+    if signer and trusted_key and signer != trusted_key:
+        return f"was signed with another key: {signer[:12]}…, expected {trusted_key[:12]}…"
+    return None
+
+# %% ../../nbs/runs/00c_verify.ipynb #1e767856
 def _check_manifest(
     folder: Path,  # of the run
     entry: Entry,  # its line in the chain
@@ -160,13 +173,22 @@ def _check_manifest(
     if before is not None and previous != {"run_id": before.run_id, "digest": before.manifest}:
         named = previous["run_id"] if previous else "no run"
         found.broken(place, f"names {named} as the run before it; the chain has {before.run_id} there", entry.run_id)
-    signer, signature = content.get("signed_by"), content.get("signature")
-    if (signer or signature) and not signature_holds(signer or "", content["digest"], signature or ""):
-        found.report(place, "its signature does not hold", entry.run_id)
-    elif signer and trusted_key and signer != trusted_key:
-        found.report(place, f"was signed with another key: {signer[:12]}…, expected {trusted_key[:12]}…", entry.run_id)
+    if (fault := _check_signature(content, trusted_key)) is not None:
+        found.report(place, fault, entry.run_id)
 
 # %% ../../nbs/runs/00c_verify.ipynb #42a50019
+def _check_file(
+    path: Path,
+    kept: FileRecord,  # what the manifest says of it
+) -> str | None:  # what is wrong; None: nothing
+    "Whether a file that is there is the one that was sealed."
+    if path.stat().st_size != kept.size:
+        return f"was changed: {path.stat().st_size:,} bytes, sealed with {kept.size:,}"
+    if (digest := sha256_file(path)) != kept.sha256:
+        return f"was changed: its digest is {digest[:12]}…, sealed as {kept.sha256[:12]}…"
+    return None
+
+# %% ../../nbs/runs/00c_verify.ipynb #168eab2c
 def _check_files(
     folder: Path,  # of the run
     removed: Mapping[str, str],  # pruned files and their digests
@@ -185,10 +207,8 @@ def _check_files(
                 found.report(f"{place}/{name}", "is missing, and was not pruned", run_id)
             continue
         found.files += 1
-        if path.stat().st_size != kept.size:
-            found.report(f"{place}/{name}", f"was changed: {path.stat().st_size:,} bytes, sealed with {kept.size:,}", run_id)
-        elif (digest := sha256_file(path)) != kept.sha256:
-            found.report(f"{place}/{name}", f"was changed: its digest is {digest[:12]}…, sealed as {kept.sha256[:12]}…", run_id)
+        if (fault := _check_file(path, kept)) is not None:
+            found.report(f"{place}/{name}", fault, run_id)
     for path in run_files(folder):
         if (name := path.relative_to(folder).as_posix()) not in listed:
             found.report(f"{place}/{name}", "does not belong to the run, its manifest does not list it", run_id)
