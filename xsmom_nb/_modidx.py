@@ -4690,6 +4690,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'xsmom_nb.runs.record.secrets_in': ('runs/record.html#secrets_in', 'xsmom_nb/runs/record.py'),
                                       'xsmom_nb.runs.record.try_lock': ('runs/record.html#try_lock', 'xsmom_nb/runs/record.py')},
             'xsmom_nb.runs.rehearsal': { 'xsmom_nb.runs.rehearsal.Reached': ('runs/rehearsal.html#reached', 'xsmom_nb/runs/rehearsal.py'),
+                                         'xsmom_nb.runs.rehearsal._require_possible': ( 'runs/rehearsal.html#_require_possible',
+                                                                                        'xsmom_nb/runs/rehearsal.py'),
                                          'xsmom_nb.runs.rehearsal.account_config': ( 'runs/rehearsal.html#account_config',
                                                                                      'xsmom_nb/runs/rehearsal.py'),
                                          'xsmom_nb.runs.rehearsal.begin_anew': ( 'runs/rehearsal.html#begin_anew',
