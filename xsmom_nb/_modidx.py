@@ -4570,6 +4570,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'xsmom_nb.runs.execute._reason': ('runs/execute.html#_reason', 'xsmom_nb/runs/execute.py'),
                                        'xsmom_nb.runs.execute._run_papermill': ( 'runs/execute.html#_run_papermill',
                                                                                  'xsmom_nb/runs/execute.py'),
+                                       'xsmom_nb.runs.execute._saving_manager': ( 'runs/execute.html#_saving_manager',
+                                                                                  'xsmom_nb/runs/execute.py'),
                                        'xsmom_nb.runs.execute.execute_notebook': ( 'runs/execute.html#execute_notebook',
                                                                                    'xsmom_nb/runs/execute.py'),
                                        'xsmom_nb.runs.execute.execute_run': ('runs/execute.html#execute_run', 'xsmom_nb/runs/execute.py'),
