@@ -4778,6 +4778,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'xsmom_nb.runs.verify._check_run': ('runs/verify.html#_check_run', 'xsmom_nb/runs/verify.py'),
                                       'xsmom_nb.runs.verify._check_signature': ( 'runs/verify.html#_check_signature',
                                                                                  'xsmom_nb/runs/verify.py'),
+                                      'xsmom_nb.runs.verify._gap': ('runs/verify.html#_gap', 'xsmom_nb/runs/verify.py'),
                                       'xsmom_nb.runs.verify._judge_stranger': ( 'runs/verify.html#_judge_stranger',
                                                                                 'xsmom_nb/runs/verify.py'),
                                       'xsmom_nb.runs.verify._walk': ('runs/verify.html#_walk', 'xsmom_nb/runs/verify.py'),

@@ -92,6 +92,18 @@ def _walk(
         before = entry
     return links
 
+# %% ../../nbs/runs/00c_verify.ipynb #be7e826e
+def _gap(
+    entry: Entry,
+    before: Entry | None,  # the entry before it; None: it is the first
+) -> str | None:  # what is wrong; None: nothing
+    "Whether an entry follows the one before it."
+    previous, length = (before.digest, before.length + 1) if before else (None, 1)
+    if entry.previous == previous and entry.length == length:
+        return None
+    missing = entry.length - length
+    return f"{missing} line(s) before it are missing" if missing > 0 else "it was written after another one"
+
 # %% ../../nbs/runs/00c_verify.ipynb #eb6b4ab3
 def _check_entry(
     entry: Entry,
@@ -104,11 +116,8 @@ def _check_entry(
     "Check one entry of the chain and add what it says to `links`."
     if entry.digest != entry_digest(entry.model_dump(mode="json")):
         found.broken(place, f"was changed, its digest is not {entry.digest[:12]}…", entry.run_id)
-    previous, length = (before.digest, before.length + 1) if before else (None, 1)
-    if before_known and (entry.previous != previous or entry.length != length):
-        missing = entry.length - length
-        cut = f"{missing} line(s) before it are missing" if missing > 0 else "it was written after another one"
-        found.broken(place, f"does not follow the line before it: {cut}", entry.run_id)
+    if before_known and (gap := _gap(entry, before)) is not None:
+        found.broken(place, f"does not follow the line before it: {gap}", entry.run_id)
     links.digests.append(entry.digest)
     if entry.entry == "run":
         if entry.run_id in links.entries:
@@ -234,6 +243,18 @@ def _check_run(
         except RunError:
             found.notes.append(f"{place}: its files could not be checked, because its manifest cannot be read")
 
+# %% ../../nbs/runs/00c_verify.ipynb #1e49c522
+def _judge_stranger(folder: Path, has_manifest: bool, found: Verification) -> None:
+    "Say what a folder is that the chain does not know."
+    place = f"{folder.parent.name}/{folder.name}"
+    if has_manifest:
+        found.report(place, "has a manifest but no line in the chain; it was put there or its line was deleted "
+                     "(after a crash between the two, the next run adds the line)", folder.name)
+    elif is_running(folder):
+        found.notes.append(f"{place} is running")
+    else:
+        found.notes.append(f"{place} was killed; the next run seals it as aborted")
+
 # %% ../../nbs/runs/00c_verify.ipynb #bfebbdc1
 def verify(
     root: Path,  # folder of all runs
@@ -258,18 +279,6 @@ def verify(
     for folder, has_manifest in strangers.items():
         _judge_stranger(folder, has_manifest, found)
     return found
-
-# %% ../../nbs/runs/00c_verify.ipynb #1e49c522
-def _judge_stranger(folder: Path, has_manifest: bool, found: Verification) -> None:
-    "Say what a folder is that the chain does not know."
-    place = f"{folder.parent.name}/{folder.name}"
-    if has_manifest:
-        found.report(place, "has a manifest but no line in the chain; it was put there or its line was deleted "
-                     "(after a crash between the two, the next run adds the line)", folder.name)
-    elif is_running(folder):
-        found.notes.append(f"{place} is running")
-    else:
-        found.notes.append(f"{place} was killed; the next run seals it as aborted")
 
 # %% ../../nbs/runs/00c_verify.ipynb #4499246e
 def chain_entries(
