@@ -847,6 +847,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'xsmom_nb.decide._notices': ('decide.html#_notices', 'xsmom_nb/decide.py'),
                                  'xsmom_nb.decide._number': ('decide.html#_number', 'xsmom_nb/decide.py'),
                                  'xsmom_nb.decide._rebalanced': ('decide.html#_rebalanced', 'xsmom_nb/decide.py'),
+                                 'xsmom_nb.decide._require_fresh': ('decide.html#_require_fresh', 'xsmom_nb/decide.py'),
                                  'xsmom_nb.decide._risk_of_row': ('decide.html#_risk_of_row', 'xsmom_nb/decide.py'),
                                  'xsmom_nb.decide._scores': ('decide.html#_scores', 'xsmom_nb/decide.py'),
                                  'xsmom_nb.decide._trouble': ('decide.html#_trouble', 'xsmom_nb/decide.py'),

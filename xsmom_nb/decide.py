@@ -36,13 +36,12 @@ __all__ = ['FEWEST_BARS', 'MOST_APART', 'FORGETS', 'DAYS_REMEMBERED', 'NO_BARS',
 # %% ../nbs/51_decide.ipynb #4b4f2bab
 FEWEST_BARS = 0.75  # share of the symbols of the last two bars that must have the newest one
 
-
-def require_sound(
+# %% ../nbs/51_decide.ipynb #57993266
+def _require_fresh(
     snapshot: Snapshot,
-    memory: Memory,
     config: Config,
 ) -> None:
-    "Raise `RefusedError` or `DataError` for a snapshot that nothing may be decided on."
+    "Raise `RefusedError` or `DataError` for bars that are not those of now."
     row_ms, now = snapshot.row_ms, format_utc(snapshot.time_ms)
     if snapshot.panel.timeframe != config.exchange.timeframe:
         raise DataError(f"snapshot of {now}: its bars are of {snapshot.panel.timeframe}; expected {config.exchange.timeframe}")
@@ -55,6 +54,16 @@ def require_sound(
     if not there or there < FEWEST_BARS * known:
         bars = f"{there} of {known} symbols have their bar of {format_utc(row_ms)}, expected at least {FEWEST_BARS:.0%}"
         raise RefusedError(f"snapshot of {now}: {bars}; look at the feed")
+
+# %% ../nbs/51_decide.ipynb #0d38a47f
+def require_sound(
+    snapshot: Snapshot,
+    memory: Memory,
+    config: Config,
+) -> None:
+    "Raise `RefusedError` or `DataError` for a snapshot that nothing may be decided on."
+    _require_fresh(snapshot, config)
+    row_ms, now = snapshot.row_ms, format_utc(snapshot.time_ms)
     if memory.last_row_ms is not None and row_ms < memory.last_row_ms:
         raise RefusedError(f"snapshot of {now}: row {format_utc(row_ms)} lies before {format_utc(memory.last_row_ms)}, which was "
                            "decided already; a clock goes backwards, or this memory belongs to another account")
