@@ -313,8 +313,7 @@ def secret_values(
     secrets: Secrets,
 ) -> dict[str, str]:  # plain value by variable name; never print these
     "The secrets that are set, by the names under which the environment has them."
-    found = {name.upper(): getattr(secrets, name) for name in type(secrets).model_fields}
-    return {name: secret.get_secret_value() for name, secret in found.items() if secret is not None}
+    return secrets.by_name()
 
 # %% ../../nbs/runs/01_execute.ipynb #292e66c0
 def _keep_page(
