@@ -36,13 +36,12 @@ __all__ = ['FEWEST_BARS', 'MOST_APART', 'FORGETS', 'DAYS_REMEMBERED', 'NO_BARS',
 # %% ../nbs/51_decide.ipynb #4b4f2bab
 FEWEST_BARS = 0.75  # share of the symbols of the last two bars that must have the newest one
 
-
-def require_sound(
+# %% ../nbs/51_decide.ipynb #57993266
+def _require_fresh(
     snapshot: Snapshot,
-    memory: Memory,
     config: Config,
 ) -> None:
-    "Raise `RefusedError` or `DataError` for a snapshot that nothing may be decided on."
+    "Raise `RefusedError` or `DataError` for bars that are not those of now."
     row_ms, now = snapshot.row_ms, format_utc(snapshot.time_ms)
     if snapshot.panel.timeframe != config.exchange.timeframe:
         raise DataError(f"snapshot of {now}: its bars are of {snapshot.panel.timeframe}; expected {config.exchange.timeframe}")
@@ -55,6 +54,16 @@ def require_sound(
     if not there or there < FEWEST_BARS * known:
         bars = f"{there} of {known} symbols have their bar of {format_utc(row_ms)}, expected at least {FEWEST_BARS:.0%}"
         raise RefusedError(f"snapshot of {now}: {bars}; look at the feed")
+
+# %% ../nbs/51_decide.ipynb #0d38a47f
+def require_sound(
+    snapshot: Snapshot,
+    memory: Memory,
+    config: Config,
+) -> None:
+    "Raise `RefusedError` or `DataError` for a snapshot that nothing may be decided on."
+    _require_fresh(snapshot, config)
+    row_ms, now = snapshot.row_ms, format_utc(snapshot.time_ms)
     if memory.last_row_ms is not None and row_ms < memory.last_row_ms:
         raise RefusedError(f"snapshot of {now}: row {format_utc(row_ms)} lies before {format_utc(memory.last_row_ms)}, which was "
                            "decided already; a clock goes backwards, or this memory belongs to another account")
@@ -140,7 +149,12 @@ def gather_facts(
 # %% ../nbs/51_decide.ipynb #84c839cd
 FORGETS = 30  # lengths of Wilder's average after which it has forgotten its seed
 
+# %% ../nbs/51_decide.ipynb #fec226f1
+def _number(value: float) -> float | None:
+    "A plain number, or None where it is not finite."
+    return float(value) if math.isfinite(value) else None
 
+# %% ../nbs/51_decide.ipynb #432dca15
 def yardsticks_of(
     panel: Panel,
     config: Config,
@@ -156,11 +170,6 @@ def yardsticks_of(
         average = ema(panel.close, risk.trail_ema)[-1]
     columns = zip(panel.symbols, pace, slope, average, strict=True)
     return {symbol: Yardstick(*map(_number, measures)) for symbol, *measures in columns}
-
-
-def _number(value: float) -> float | None:
-    "A plain number, or None where it is not finite."
-    return float(value) if math.isfinite(value) else None
 
 # %% ../nbs/51_decide.ipynb #34617276
 def _risk_of_row(
@@ -224,7 +233,7 @@ def _why_no_target(
         return f"rank {row.rank[i]} of its side, {row.names_per_side} are taken"
     return "the other side is empty, or its weight is dust"
 
-
+# %% ../nbs/51_decide.ipynb #b4a46fb5
 def _why_unchanged(
     current: float,  # share of equity held
     row: CoreRow,
@@ -319,7 +328,7 @@ def wanted_quantity(
 # %% ../nbs/51_decide.ipynb #2d5be5db
 DAYS_REMEMBERED = 30
 
-
+# %% ../nbs/51_decide.ipynb #68ddc5c0
 def remember_equity(
     days: Sequence[DayOfEquity],  # ascending
     time_ms: int,  # of the decision, UTC ms
@@ -361,7 +370,7 @@ def _scores(
         "stages": {stage: float(book[i]) for stage, book in row.stages.items()} if chosen else {},
     }
 
-
+# %% ../nbs/51_decide.ipynb #4671f10f
 NO_BARS: dict[str, Any] = {
     "in_universe": False, "why_not": "there are no bars of it", "momentum": None, "volatility": None, "z_score": None,
     "side": None, "rank": None, "verdicts": (), "removed_by": None, "target": 0.0, "stages": {},
@@ -392,6 +401,16 @@ def _cards(
     return tuple(cards)
 
 # %% ../nbs/51_decide.ipynb #6a5d6a9b
+def _gaps(snapshot: Snapshot, memory: Memory, config: Config) -> list[str]:
+    "What is to be said of rows that nobody decided and of bars that are too few."
+    said, step_ms = [], timeframe_ms(snapshot.panel.timeframe)
+    if memory.last_row_ms is not None and (missed := (snapshot.row_ms - memory.last_row_ms) // step_ms - 1) > 0:
+        said.append(f"{missed} rows after {format_utc(memory.last_row_ms)} were not decided")
+    if (rows := snapshot.panel.shape[0]) < (needed := history_bars(config)):
+        said.append(f"{rows:,} bars of history, {needed:,} are needed until the averages have forgotten how they began")
+    return said
+
+# %% ../nbs/51_decide.ipynb #12b8d7d2
 def _notices(
     snapshot: Snapshot,
     facts: Mapping[str, Facts],
@@ -407,12 +426,7 @@ def _notices(
     absent = [symbol for symbol, each in facts.items() if each.trouble == "its bar is missing" and not each.held]
     if absent:
         said.append(f"bars of {format_utc(snapshot.row_ms)} are missing: {', '.join(absent)}; no entry there")
-    step_ms = timeframe_ms(snapshot.panel.timeframe)
-    if memory.last_row_ms is not None and (missed := (snapshot.row_ms - memory.last_row_ms) // step_ms - 1) > 0:
-        said.append(f"{missed} rows after {format_utc(memory.last_row_ms)} were not decided")
-    if (rows := snapshot.panel.shape[0]) < (needed := history_bars(config)):
-        said.append(f"{rows:,} bars of history, {needed:,} are needed until the averages have forgotten how they began")
-    return tuple(said)
+    return (*said, *_gaps(snapshot, memory, config))
 
 # %% ../nbs/51_decide.ipynb #789f0776
 def _memory_after(

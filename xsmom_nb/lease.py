@@ -46,16 +46,16 @@ class Lease:
     def __str__(self) -> str:
         return f"{self.holder} (process {self.pid} on host {self.host}, since {format_utc(self.acquired_ms)})"
 
-
+# %% ../nbs/12_lease.ipynb #3781e2ae
 TTL_SECONDS = 120.0  # how long a holder on another host is believed to live after its last sign of life
 
-# %% ../nbs/12_lease.ipynb #3781e2ae
+# %% ../nbs/12_lease.ipynb #61f7e4f3
 def _boot_id() -> str:
     "The kernel's name for its present life; empty where it has none."
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.is_file() else ""
 
-
+# %% ../nbs/12_lease.ipynb #a063071a
 def _introduce(
     name: str,  # of the role
     code_digest: str,
@@ -77,7 +77,7 @@ def _process_exists(pid: int) -> bool:
         return True
     return True
 
-
+# %% ../nbs/12_lease.ipynb #fa2f0aa9
 def is_alive(
     lease: Lease,
     now_ms: int,  # wall clock, UTC ms
@@ -99,7 +99,7 @@ def read_leases(
     rows = connection.execute(sql(f"SELECT {', '.join(_COLUMNS)} FROM lease ORDER BY name"))
     return [Lease(*row) for row in rows]
 
-
+# %% ../nbs/12_lease.ipynb #a2a45763
 def _find(connection: Connection, name: str) -> Lease | None:
     "The lease of a role."
     return next((lease for lease in read_leases(connection) if lease.name == name), None)
@@ -118,6 +118,21 @@ def renew(
                            "this process must send nothing more; look which of the two should run and start only that one")
 
 # %% ../nbs/12_lease.ipynb #67368bed
+def _refusal(
+    state: State,
+    name: str,  # of the role
+    holder: Lease | None,  # None: it has the lock, but has not written its row yet; there may be one of a dead process
+    ends_ms: int | None = None,  # when the lease ends by itself; None: when its process does
+) -> RefusedError:
+    "The error for whoever comes second."
+    who = str(holder or "a process that is just starting")
+    if ends_ms is None:
+        remedy = "wait until it has finished, or end it" + (f" with `kill {holder.pid}`" if holder else "")
+    else:
+        remedy = f"end it there; if that host is dead, its lease ends at {format_utc(ends_ms)}"
+    return RefusedError(f"another {name} works with {state.location}: {who}; {remedy}")
+
+# %% ../nbs/12_lease.ipynb #d2ad9d2b
 @contextmanager
 def _host_lock(
     state: State,
@@ -138,21 +153,6 @@ def _host_lock(
             is_trace = holder is not None and holder.host == socket.gethostname() and not is_alive(holder, 0)
             raise _refusal(state, name, None if is_trace else holder) from error
         yield True
-
-
-def _refusal(
-    state: State,
-    name: str,  # of the role
-    holder: Lease | None,  # None: it has the lock, but has not written its row yet; there may be one of a dead process
-    ends_ms: int | None = None,  # when the lease ends by itself; None: when its process does
-) -> RefusedError:
-    "The error for whoever comes second."
-    who = str(holder or "a process that is just starting")
-    if ends_ms is None:
-        remedy = "wait until it has finished, or end it" + (f" with `kill {holder.pid}`" if holder else "")
-    else:
-        remedy = f"end it there; if that host is dead, its lease ends at {format_utc(ends_ms)}"
-    return RefusedError(f"another {name} works with {state.location}: {who}; {remedy}")
 
 # %% ../nbs/12_lease.ipynb #3e037733
 def _acquire(

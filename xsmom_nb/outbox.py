@@ -23,7 +23,7 @@ __all__ = ['Level', 'Event', 'emit', 'undelivered', 'mark_delivered', 'Heartbeat
 # %% ../nbs/13_outbox.ipynb #49849bdb
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
-
+# %% ../nbs/13_outbox.ipynb #04486415
 @dataclass(frozen=True)
 class Event:
     "Something that somebody should know."
@@ -66,7 +66,7 @@ def undelivered(
     return [Event(event_id, time_ms, level, kind, symbol, text, json.loads(data), None)
             for event_id, time_ms, level, kind, symbol, text, data in connection.execute(sql(query), {"limit": limit})]
 
-
+# %% ../nbs/13_outbox.ipynb #7cec0083
 def mark_delivered(
     connection: Connection,  # inside a writing transaction
     event_ids: Iterable[int],
@@ -99,7 +99,7 @@ class Heartbeat:
         "How long ago the step was completed."
         return (now_ms - self.time_ms) / 1000
 
-
+# %% ../nbs/13_outbox.ipynb #a33e5235
 def beat(
     connection: Connection,  # inside the writing transaction that completes the step
     process: str,
@@ -112,7 +112,7 @@ def beat(
                  "ON CONFLICT (process) DO UPDATE SET time_ms = excluded.time_ms, step = excluded.step, detail = excluded.detail")
     connection.execute(sql(statement), {"process": process, "time_ms": time_ms, "step": step, "detail": detail})
 
-
+# %% ../nbs/13_outbox.ipynb #4625e82b
 def heartbeats(
     connection: Connection,
 ) -> list[Heartbeat]:  # ascending by process

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 from .errors import DataError, XsmomError
 
 # %% auto #0
-__all__ = ['Side', 'OrderType', 'TimeInForce', 'OrderStatus', 'OPEN_STATUSES', 'LINK_ID', 'LedgerKind', 'Outcome',
+__all__ = ['LINK_ID', 'Side', 'OrderType', 'TimeInForce', 'OrderStatus', 'OPEN_STATUSES', 'LedgerKind', 'Outcome',
            'Decided_contra', 'TransientError', 'Bar', 'FundingRate', 'Instrument', 'MarketDataPort', 'Ticker',
            'OrderRequest', 'Order', 'Fill', 'Position', 'Account', 'LedgerEntry', 'Submission', 'QuotePort',
            'ExchangePort', 'Recorder']
@@ -50,7 +50,7 @@ def _decimal_fields(kind: Any) -> tuple[tuple[str, bool], ...]:
     "The fields of a record that are Decimal, and whether they may be None."
     return tuple((field.name, field.type != "Decimal") for field in fields(kind) if str(field.type).startswith("Decimal"))
 
-
+# %% ../nbs/04_ports.ipynb #472974f1
 def _require_decimals(
     record: Any,  # a record whose annotations are texts
     name: str,  # how a message calls it
@@ -160,12 +160,16 @@ class Ticker:
         return float((self.ask - self.bid) / (self.ask + self.bid) * 20_000)
 
 # %% ../nbs/04_ports.ipynb #b23c766f
+LINK_ID = re.compile(r"[A-Za-z0-9_-]{1,36}")  # what the exchange takes as a link id
+
+# %% ../nbs/04_ports.ipynb #058580e9
 Side = Literal["Buy", "Sell"]
 OrderType = Literal["Limit", "Market"]
 TimeInForce = Literal["GTC", "PostOnly", "IOC", "FOK"]
 OrderStatus = Literal["New", "PartiallyFilled", "Filled", "Cancelled", "Rejected"]
+
+# %% ../nbs/04_ports.ipynb #c8558b20
 OPEN_STATUSES = ("New", "PartiallyFilled")  # the order may still fill
-LINK_ID = re.compile(r"[A-Za-z0-9_-]{1,36}")  # what the exchange takes as a link id
 
 # %% ../nbs/04_ports.ipynb #714b76e5
 @dataclass(frozen=True, slots=True)
@@ -286,7 +290,7 @@ class Account:
     def __post_init__(self) -> None:
         _require_decimals(self, "account", signed=("equity", "wallet_balance"))
 
-
+# %% ../nbs/04_ports.ipynb #0b9597bd
 LedgerKind = Literal["trade", "fee", "funding", "transfer"]
 
 

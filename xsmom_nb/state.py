@@ -31,15 +31,15 @@ __all__ = ['MIGRATIONS', 'ChainHead', 'root_key', 'State', 'open_state', 'memory
 # %% ../nbs/11_state.ipynb #209d8788
 _CHAIN = ("CREATE TABLE chain (root TEXT PRIMARY KEY, run_id TEXT, digest TEXT NOT NULL, entry TEXT NOT NULL, length INTEGER)",)
 
-
+# %% ../nbs/11_state.ipynb #ab89d81e
 def _statements(
     script: str,  # SQL; each statement ends with a semicolon, and nothing else does
 ) -> tuple[str, ...]:
     "The statements of a script."
     return tuple(statement.strip() for statement in script.split(";") if statement.strip())
 
-# %% ../nbs/11_state.ipynb #6fb8ca0b
-_MEANT = _statements("""
+# %% ../nbs/11_state.ipynb #6f3d3140
+_INTENTS = _statements("""
 CREATE TABLE intents (
     link_id TEXT NOT NULL PRIMARY KEY,
     row_ms BIGINT NOT NULL,
@@ -63,6 +63,10 @@ CREATE TABLE intents (
 );
 CREATE INDEX intents_by_status ON intents (status);
 CREATE INDEX intents_by_row ON intents (row_ms);
+""")
+
+# %% ../nbs/11_state.ipynb #6fb8ca0b
+_REMEMBERED = _statements("""
 CREATE TABLE memory (name TEXT NOT NULL PRIMARY KEY, value TEXT NOT NULL, updated_ms BIGINT NOT NULL);
 CREATE TABLE deployments (
     version TEXT NOT NULL PRIMARY KEY,
@@ -75,7 +79,7 @@ CREATE TABLE deployments (
 """)
 
 # %% ../nbs/11_state.ipynb #c8966f56
-_TOLD = _statements("""
+_ORDERS = _statements("""
 CREATE TABLE orders (
     order_id TEXT NOT NULL PRIMARY KEY,
     link_id TEXT NOT NULL,
@@ -94,6 +98,10 @@ CREATE TABLE orders (
     updated_ms BIGINT NOT NULL
 );
 CREATE INDEX orders_by_link ON orders (link_id);
+""")
+
+# %% ../nbs/11_state.ipynb #94dc4459
+_BOOKED = _statements("""
 CREATE TABLE fills (
     fill_id TEXT NOT NULL PRIMARY KEY,
     order_id TEXT NOT NULL,
@@ -118,8 +126,8 @@ CREATE TABLE ledger (
 CREATE INDEX ledger_by_time ON ledger (time_ms);
 """)
 
-# %% ../nbs/11_state.ipynb #dd369df5
-_HELD = _statements("""
+# %% ../nbs/11_state.ipynb #95e8d2ae
+_POSITIONS = _statements("""
 CREATE TABLE positions (
     symbol TEXT NOT NULL PRIMARY KEY,
     quantity TEXT NOT NULL,
@@ -131,6 +139,10 @@ CREATE TABLE positions (
     version BIGINT NOT NULL CHECK (version >= 0),
     updated_ms BIGINT NOT NULL
 );
+""")
+
+# %% ../nbs/11_state.ipynb #dd369df5
+_RESULTS = _statements("""
 CREATE TABLE trades (
     trade_id BIGINT NOT NULL PRIMARY KEY,
     symbol TEXT NOT NULL,
@@ -150,7 +162,7 @@ CREATE TABLE equity (time_ms BIGINT NOT NULL PRIMARY KEY, equity TEXT NOT NULL, 
 """)
 
 # %% ../nbs/11_state.ipynb #5eb32bba
-_WORKING = _statements("""
+_EVENTS = _statements("""
 CREATE TABLE events (
     event_id BIGINT NOT NULL PRIMARY KEY,
     time_ms BIGINT NOT NULL,
@@ -162,6 +174,10 @@ CREATE TABLE events (
     delivered_ms BIGINT
 );
 CREATE INDEX events_by_delivery ON events (delivered_ms);
+""")
+
+# %% ../nbs/11_state.ipynb #7d11ca8f
+_ROLES = _statements("""
 CREATE TABLE heartbeats (
     process TEXT NOT NULL PRIMARY KEY,
     time_ms BIGINT NOT NULL,
@@ -181,12 +197,16 @@ CREATE TABLE lease (
 );
 """)
 
-# %% ../nbs/11_state.ipynb #1d23b541
+# %% ../nbs/11_state.ipynb #41dbd7e9
 _DEPLOYED = _statements("""
 ALTER TABLE deployments ADD COLUMN status TEXT NOT NULL DEFAULT 'replaced'
     CHECK (status IN ('live', 'candidate', 'replaced', 'rolled_back'));
 ALTER TABLE deployments ADD COLUMN previous TEXT NOT NULL DEFAULT '';
 CREATE UNIQUE INDEX deployments_one_each ON deployments (status) WHERE status IN ('live', 'candidate');
+""")
+
+# %% ../nbs/11_state.ipynb #1d23b541
+_STEPS = _statements("""
 CREATE TABLE deployment_steps (
     step BIGINT NOT NULL PRIMARY KEY,
     time_ms BIGINT NOT NULL,
@@ -207,8 +227,8 @@ CREATE TABLE deployment_steps (
 CREATE UNIQUE INDEX deployment_steps_one_pending ON deployment_steps (status) WHERE status = 'pending';
 """)
 
-# %% ../nbs/11_state.ipynb #db6b243f
-_DELIVERED = _statements("""
+# %% ../nbs/11_state.ipynb #094f3e43
+_MESSAGES = _statements("""
 CREATE TABLE messages (
     message_id BIGINT NOT NULL PRIMARY KEY,
     route TEXT NOT NULL,
@@ -225,6 +245,10 @@ CREATE TABLE messages (
     updated_ms BIGINT NOT NULL
 );
 CREATE INDEX messages_by_route ON messages (route, status, updated_ms);
+""")
+
+# %% ../nbs/11_state.ipynb #db6b243f
+_ROUTES = _statements("""
 CREATE TABLE deliveries (
     event_id BIGINT NOT NULL,
     route TEXT NOT NULL,
@@ -241,8 +265,14 @@ CREATE TABLE routes (
     last_error TEXT NOT NULL DEFAULT ''
 );
 """)
+
+# %% ../nbs/11_state.ipynb #b3cddc0b
 MIGRATIONS: tuple[tuple[str, ...], ...] = (  # a version each, from 1
-    _CHAIN, _MEANT + _TOLD + _HELD + _WORKING, _DEPLOYED, _DELIVERED)
+    _CHAIN,
+    _INTENTS + _REMEMBERED + _ORDERS + _BOOKED + _POSITIONS + _RESULTS + _EVENTS + _ROLES,
+    _DEPLOYED + _STEPS,
+    _MESSAGES + _ROUTES,
+)
 
 # %% ../nbs/11_state.ipynb #3eaa10c1
 @dataclass(frozen=True)
@@ -254,7 +284,7 @@ class ChainHead:
     entry: str  # digest of the newest entry, which need not be about the newest run
     length: int  # how many entries the chain has
 
-
+# %% ../nbs/11_state.ipynb #9cd840bc
 def root_key(
     state_folder: Path | None,  # the folder of the database file; None for a server
     root: Path,  # folder of the runs
@@ -329,7 +359,7 @@ def load_memory(
     except json.JSONDecodeError as error:
         raise StateError(f"memory {name!r} is not JSON ({error}): `xsmom state check`, then restore the newest backup") from error
 
-
+# %% ../nbs/11_state.ipynb #d23a9912
 def save_text(
     connection: Connection,  # inside a writing transaction
     name: str,
@@ -341,7 +371,7 @@ def save_text(
                  "ON CONFLICT (name) DO UPDATE SET value = excluded.value, updated_ms = excluded.updated_ms")
     connection.execute(sql(statement), {"name": name, "value": text, "now_ms": now_ms})
 
-
+# %% ../nbs/11_state.ipynb #01bd4b95
 def save_memory(
     connection: Connection,  # inside a writing transaction
     name: str,
@@ -394,7 +424,7 @@ def _is_decimal(value: Any) -> bool:
     except InvalidOperation:
         return False
 
-
+# %% ../nbs/11_state.ipynb #2d87a0b2
 def _is_json(value: Any) -> bool:
     "Whether a value is JSON text."
     try:
@@ -411,7 +441,7 @@ def _key(row: dict[str, Any]) -> Any:
     "The primary key of a row, which is its first column."
     return next(iter(row.values()))
 
-
+# %% ../nbs/11_state.ipynb #89ce856d
 def _unreadable(tables: _Tables) -> Iterator[str]:
     "Values that cannot be what their column says."
     for table, columns in _DECIMALS.items():
@@ -453,7 +483,7 @@ def _unbalanced(tables: _Tables) -> Iterator[str]:
         if ours != theirs:
             yield f"position in {symbol} is {ours}, its fills sum to {theirs}; difference {ours - theirs}"
 
-# %% ../nbs/11_state.ipynb #a17c0096
+# %% ../nbs/11_state.ipynb #c81f127a
 def _out_of_order(
     connection: Connection,
 ) -> Iterator[str]:
@@ -464,7 +494,7 @@ def _out_of_order(
             if after < before:
                 yield f"equity of {format_utc(after)} was written after that of {format_utc(before)}; the clock went backwards"
 
-
+# %% ../nbs/11_state.ipynb #a17c0096
 def _misshapen(tables: _Tables) -> Iterator[str]:
     "Ends of chains that cannot be one, and changes of the config that have not ended."
     for row in tables["chain"]:

@@ -205,7 +205,7 @@ def _known(memory: RiskMemory) -> dict[str, Decimal]:
     "What we know to hold."
     return {symbol: risk.quantity for symbol, risk in memory.symbols.items() if risk.quantity}
 
-
+# %% ../../nbs/live/00c_guard.ipynb #8bc929ce
 def _catch_up(
     port: ExchangePort,
     state: State,
@@ -311,10 +311,10 @@ def _protect(
             emit(connection, now_ms, "ERROR", "unprotected", f"{symbol}: no stop rests at the exchange: {why}", symbol)
     return bare
 
-# %% ../../nbs/live/00c_guard.ipynb #ba24dca7
+# %% ../../nbs/live/00c_guard.ipynb #c40bdd37
 ATTEMPTS = 5  # at a step, while others change the memory under it
 
-
+# %% ../../nbs/live/00c_guard.ipynb #ba24dca7
 def guard_once(
     port: ExchangePort,
     state: State,

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from ..market.sync import pages, patiently
 from ..ports import Bar, FundingRate, MarketDataPort
 
 # %% auto #0
-__all__ = ['RECHECKED_BARS', 'PAGE', 'HEADROOM', 'as_numbers', 'are_sound', 'History']
+__all__ = ['HEADROOM', 'RECHECKED_BARS', 'PAGE', 'as_numbers', 'are_sound', 'History']
 
 # %% ../../nbs/live/00_history.ipynb #7a3a81f2
 def as_numbers(
@@ -28,7 +30,7 @@ def as_numbers(
     "Bars as rows of numbers."
     return np.array([(b.open_time_ms, b.open, b.high, b.low, b.close, b.volume) for b in bars]).reshape(-1, 6)
 
-
+# %% ../../nbs/live/00_history.ipynb #48940a72
 def are_sound(
     numbers: np.ndarray,  # shape (n, 6), as `as_numbers` gives them
 ) -> np.ndarray:  # bool, shape (n,)
@@ -38,13 +40,9 @@ def are_sound(
     return finite & (prices > 0).all(axis=1) & (volume >= 0) & (numbers[:, 2] >= numbers[:, 3])
 
 # %% ../../nbs/live/00_history.ipynb #85c47797
-RECHECKED_BARS = 24  # how long a bar that has not come is asked for again
-PAGE = 1000  # bars or settlements asked for at once
-
-
 HEADROOM = 512  # rows that a window can move before it is copied
 
-
+# %% ../../nbs/live/00_history.ipynb #e924c941
 class _Window:
     "The bars that are known; arrays of `rows` × symbols that lie in a longer store."
 
@@ -85,7 +83,16 @@ class _Window:
         if row < self.rows - self.unseen:
             self.store, self.unseen = self.store.copy(), self.rows
 
-# %% ../../nbs/live/00_history.ipynb #e924c941
+# %% ../../nbs/live/00_history.ipynb #02c6e430
+def _slid(window: _Window, last_ms: int, shift: int) -> _Window:
+    "A window so many rows further down its store."
+    moved = copy.copy(window)
+    moved.last_ms, moved.end, moved.unseen = last_ms, window.end + shift, shift
+    moved.settled_ms = window.settled_ms.copy()
+    moved.store[:-1, window.end : moved.end], moved.store[-1, window.end : moved.end] = np.nan, 0.0
+    return moved
+
+# %% ../../nbs/live/00_history.ipynb #f27690af
 def _moved(
     window: _Window,
     symbols: tuple[str, ...],  # ascending
@@ -94,11 +101,7 @@ def _moved(
     "A window further on, perhaps of other symbols, with what was known."
     shift = (last_ms - window.last_ms) // window.step_ms
     if symbols == window.symbols and window.end + shift <= window.store.shape[1]:  # nearly always: nothing is copied
-        moved = copy.copy(window)
-        moved.last_ms, moved.end, moved.unseen = last_ms, window.end + shift, shift
-        moved.settled_ms = window.settled_ms.copy()
-        moved.store[:-1, window.end : moved.end], moved.store[-1, window.end : moved.end] = np.nan, 0.0
-        return moved
+        return _slid(window, last_ms, shift)
     moved, kept = _Window(symbols, window.rows, last_ms, window.step_ms), window.rows - shift
     old = [i for i, symbol in enumerate(window.symbols) if symbol in symbols]
     new = [symbols.index(window.symbols[i]) for i in old]
@@ -109,6 +112,9 @@ def _moved(
     return moved
 
 # %% ../../nbs/live/00_history.ipynb #714da50c
+RECHECKED_BARS = 24  # how long a bar that has not come is asked for again
+
+
 def _first_missing_ms(
     window: _Window,
 ) -> list[int | None]:  # of each column: open time, UTC ms; None when nothing is missing
@@ -123,6 +129,9 @@ def _first_missing_ms(
     return [None if done else window.first_ms + row * window.step_ms for row, done in zip(rows, whole, strict=True)]
 
 # %% ../../nbs/live/00_history.ipynb #646e0b61
+PAGE = 1000  # bars or settlements asked for at once
+
+
 def _take_bars(window: _Window, i: int, page: Sequence[Bar]) -> list[Bar]:  # those that cannot be
     "Enter bars of a symbol into the window."
     numbers = as_numbers(page)
@@ -132,7 +141,7 @@ def _take_bars(window: _Window, i: int, page: Sequence[Bar]) -> list[Bar]:  # th
     window.values[:, rows, i] = numbers[sound, 1:].T
     return [page[k] for k in np.flatnonzero(~sound).tolist()]
 
-
+# %% ../../nbs/live/00_history.ipynb #7ff7cbf0
 def _take_last(window: _Window, i: int, answer: Sequence[Bar]) -> bool:  # False: it has to be looked at with all care
     "Enter the last bar of a symbol, where that and nothing else was asked for and came."
     if len(answer) != 1:
@@ -146,7 +155,7 @@ def _take_last(window: _Window, i: int, answer: Sequence[Bar]) -> bool:  # False
     window.values[:, -1, i] = *prices, bar.volume
     return True
 
-
+# %% ../../nbs/live/00_history.ipynb #a3b5df24
 def _take_settlements(window: _Window, i: int, page: Sequence[FundingRate]) -> None:
     "Enter settlements of a symbol into the window."
     minutes = whole_minutes(np.array([each.time_ms for each in page], dtype=np.int64))
@@ -155,72 +164,6 @@ def _take_settlements(window: _Window, i: int, page: Sequence[FundingRate]) -> N
     window.open_for(int(rows[inside].min(initial=window.rows)))
     np.add.at(window.funding[:, i], rows[inside], np.array([each.rate for each in page])[inside])
     window.settled_ms[i] = page[-1].time_ms
-
-# %% ../../nbs/live/00_history.ipynb #a3b5df24
-class History:
-    "A window of bars that follows the clock."
-
-    def __init__(
-        self,
-        port: MarketDataPort,
-        timeframe: str,  # of the bars, as in 1h
-        bars: int,  # rows of the window
-        origin: str = "unknown",  # where the bars come from
-        sleep: Callable[[float], None] = time.sleep,  # takes seconds; between attempts at a read that failed
-    ) -> None:
-        self._port, self._timeframe, self._bars, self._origin, self._sleep = port, timeframe, bars, origin, sleep
-        self._window: _Window | None = None
-        self.refused: list[str] = []  # of the last call: bars that cannot be, a sentence each
-
-    def panel(
-        self,
-        symbols: Sequence[str],
-        row_ms: int,  # open time of the last row, which must have closed; UTC ms
-    ) -> Panel:  # rows before the first bar of any symbol are left out
-        "The window that ends with a row; raises `RefusedError` for a row before the last one asked for, and `TransientError`."
-        wanted, step_ms = tuple(sorted(set(symbols))), timeframe_ms(self._timeframe)
-        window = self._window or _Window(wanted, self._bars, row_ms, step_ms)
-        if row_ms < window.last_ms:
-            asked = f"asked for {format_utc(row_ms)} after {format_utc(window.last_ms)}"
-            raise RefusedError(f"history: {asked}; a clock goes backwards")
-        window = _moved(window, wanted, row_ms)
-        self.refused = []
-        for i, (symbol, missing_ms) in enumerate(zip(wanted, _first_missing_ms(window), strict=True)):
-            try:
-                if missing_ms is not None:
-                    self._fill_bars(window, i, symbol, missing_ms)
-                self._fill_funding(window, i, symbol)
-            except DataError as error:  # of this symbol alone: what did not come counts as missing
-                self.refused.append(f"{symbol}: {error}")
-        self._window = window
-        return _panel_of(window, self._timeframe, self._origin)
-
-    def _fill_bars(self, window: _Window, i: int, symbol: str, start_ms: int) -> None:
-        "Ask for the bars of a symbol that are missing from a time on."
-        if start_ms == window.last_ms and self._fill_last(window, i, symbol):
-            return
-
-        def read(start_ms: int, limit: int) -> Sequence[Bar]:
-            return patiently(lambda: self._port.fetch_bars(symbol, self._timeframe, start_ms, limit), sleep=self._sleep)
-
-        for page in pages(read, lambda bar: bar.open_time_ms, (start_ms, window.last_ms), window.step_ms, PAGE):
-            self.refused += [f"{symbol}: {bar} cannot be; it counts as missing" for bar in _take_bars(window, i, page)]
-
-    def _fill_last(self, window: _Window, i: int, symbol: str) -> bool:  # False: it is to be done with all care
-        "Ask for the last bar alone, which is all that is missing nearly always."
-        answer = patiently(lambda: self._port.fetch_bars(symbol, self._timeframe, window.last_ms, 1), sleep=self._sleep)
-        return _take_last(window, i, answer)
-
-    def _fill_funding(self, window: _Window, i: int, symbol: str) -> None:
-        "Ask for the settlements of a symbol since the last one known."
-        until_ms = window.last_ms + window.step_ms
-        stretch = max(int(window.settled_ms[i]), window.first_ms) + 1, until_ms + 30_000
-
-        def read(start_ms: int, limit: int) -> Sequence[FundingRate]:
-            return patiently(lambda: self._port.fetch_funding(symbol, start_ms, limit), sleep=self._sleep)
-
-        for page in pages(read, lambda each: each.time_ms, stretch, 1, PAGE):
-            _take_settlements(window, i, page)
 
 # %% ../../nbs/live/00_history.ipynb #21d7d0b5
 def _panel_of(window: _Window, timeframe: str, origin: str) -> Panel:
@@ -234,3 +177,88 @@ def _panel_of(window: _Window, timeframe: str, origin: str) -> Panel:
     shown.flags.writeable = times.flags.writeable = False
     window.unseen = 0
     return panel_of_checked(window.symbols, times, list(shown[:-1]), shown[-1], timeframe, origin)
+
+# %% ../../nbs/live/00_history.ipynb #56b0f8c9
+@dataclass(frozen=True)
+class _Source:
+    "An exchange that is asked again when its line fails."
+
+    port: MarketDataPort
+    timeframe: str
+    sleep: Callable[[float], None]  # takes seconds
+
+    def bars(self, symbol: str, start_ms: int, limit: int) -> Sequence[Bar]:
+        "The first bars at or after a time."
+        return patiently(lambda: self.port.fetch_bars(symbol, self.timeframe, start_ms, limit), sleep=self.sleep)
+
+    def settlements(self, symbol: str, start_ms: int, limit: int) -> Sequence[FundingRate]:
+        "The first settlements at or after a time."
+        return patiently(lambda: self.port.fetch_funding(symbol, start_ms, limit), sleep=self.sleep)
+
+# %% ../../nbs/live/00_history.ipynb #31683279
+def _ask_bars(
+    source: _Source,
+    window: _Window,
+    i: int,  # column
+    start_ms: int,  # first open time that is missing, UTC ms
+) -> Iterator[Bar]:  # those that cannot be
+    "Ask for the bars of a symbol that are missing from a time on, and enter them."
+    symbol = window.symbols[i]
+    if start_ms == window.last_ms and _take_last(window, i, source.bars(symbol, window.last_ms, 1)):
+        return
+    stretch = start_ms, window.last_ms
+    for page in pages(partial(source.bars, symbol), lambda bar: bar.open_time_ms, stretch, window.step_ms, PAGE):
+        yield from _take_bars(window, i, page)
+
+# %% ../../nbs/live/00_history.ipynb #dc382b94
+def _ask_settlements(source: _Source, window: _Window, i: int) -> None:
+    "Ask for the settlements of a symbol since the last one known, and enter them."
+    until_ms = window.last_ms + window.step_ms
+    stretch = max(int(window.settled_ms[i]), window.first_ms) + 1, until_ms + 30_000
+    for page in pages(partial(source.settlements, window.symbols[i]), lambda each: each.time_ms, stretch, 1, PAGE):
+        _take_settlements(window, i, page)
+
+# %% ../../nbs/live/00_history.ipynb #fbc17845
+class History:
+    "A window of bars that follows the clock."
+
+    def __init__(
+        self,
+        port: MarketDataPort,
+        timeframe: str,  # of the bars, as in 1h
+        bars: int,  # rows of the window
+        origin: str = "unknown",  # where the bars come from
+        sleep: Callable[[float], None] = time.sleep,  # takes seconds; between attempts at a read that failed
+    ) -> None:
+        self._source, self._bars, self._origin = _Source(port, timeframe, sleep), bars, origin
+        self._window: _Window | None = None
+        self.refused: list[str] = []  # of the last call: bars that cannot be, a sentence each
+
+    def panel(
+        self,
+        symbols: Sequence[str],
+        row_ms: int,  # open time of the last row, which must have closed; UTC ms
+    ) -> Panel:  # rows before the first bar of any symbol are left out
+        "The window that ends with a row; raises `RefusedError` for a row before the last one asked for, and `TransientError`."
+        wanted, step_ms = tuple(sorted(set(symbols))), timeframe_ms(self._source.timeframe)
+        window = self._window or _Window(wanted, self._bars, row_ms, step_ms)
+        if row_ms < window.last_ms:
+            asked = f"asked for {format_utc(row_ms)} after {format_utc(window.last_ms)}"
+            raise RefusedError(f"history: {asked}; a clock goes backwards")
+        window = _moved(window, wanted, row_ms)
+        self.refused = []
+        for i, missing_ms in enumerate(_first_missing_ms(window)):
+            self._fill(window, i, missing_ms)
+        self._window = window
+        return _panel_of(window, self._source.timeframe, self._origin)
+
+    def _fill(self, window: _Window, i: int, missing_ms: int | None) -> None:
+        "Ask for what is missing of a symbol; what makes no sense is noted."
+        symbol = window.symbols[i]
+        try:
+            if missing_ms is not None:
+                for bar in _ask_bars(self._source, window, i, missing_ms):
+                    self.refused.append(f"{symbol}: {bar} cannot be; it counts as missing")
+            _ask_settlements(self._source, window, i)
+        except DataError as error:  # of this symbol alone: what did not come counts as missing
+            self.refused.append(f"{symbol}: {error}")

@@ -37,7 +37,7 @@ class News:
     symbol: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
 
-
+# %% ../../nbs/live/00d_news.ipynb #1237084f
 def tell(
     connection: Connection,  # inside the writing transaction of the step
     news: Sequence[News],
@@ -52,7 +52,17 @@ def _first(notices: Sequence[str], beginning: str, otherwise: str) -> str:
     "The notice that begins like this."
     return next((notice for notice in notices if notice.startswith(beginning)), otherwise)
 
+# %% ../../nbs/live/00d_news.ipynb #f72581d3
+def _kills_begun(before: Brakes, after: Brakes, notices: Sequence[str], data: Mapping[str, Any]) -> Iterator[News]:
+    "That a kill switch has acted."
+    if before.killed_until_ms == 0 and after.killed_until_ms != 0:
+        text = _first(notices, "kill switch: drawdown", "kill switch: the account fell too far below its 30-day high")
+        yield News("CRITICAL", "kill_switch", text, data={**data, "cause": "drawdown", "until_ms": after.killed_until_ms})
+    if not before.paused_until_ms and after.paused_until_ms:
+        text = _first(notices, "kill switch: daily loss", "kill switch: the day has cost too much")
+        yield News("CRITICAL", "kill_switch", text, data={**data, "cause": "daily loss", "until_ms": after.paused_until_ms})
 
+# %% ../../nbs/live/00d_news.ipynb #22d1fefb
 def brake_news(
     before: Brakes,
     after: Brakes,
@@ -61,12 +71,7 @@ def brake_news(
 ) -> Iterator[News]:
     "What the limits have begun or ended in one row."
     data = {"equity": equity}
-    if before.killed_until_ms == 0 and after.killed_until_ms != 0:
-        text = _first(notices, "kill switch: drawdown", "kill switch: the account fell too far below its 30-day high")
-        yield News("CRITICAL", "kill_switch", text, data={**data, "cause": "drawdown", "until_ms": after.killed_until_ms})
-    if not before.paused_until_ms and after.paused_until_ms:
-        text = _first(notices, "kill switch: daily loss", "kill switch: the day has cost too much")
-        yield News("CRITICAL", "kill_switch", text, data={**data, "cause": "daily loss", "until_ms": after.paused_until_ms})
+    yield from _kills_begun(before, after, notices, data)
     if (before.killed_until_ms != 0 and after.killed_until_ms == 0) or (before.paused_until_ms and not after.paused_until_ms):
         yield News("WARNING", "kill_switch_ended", "the pause after a kill switch is over; entries are allowed again", data=data)
     for symbol, loss in after.losses.items():
@@ -121,7 +126,7 @@ class Idle:
     wanted_ms: int = 0  # when one was last wanted, UTC ms
     told: bool = False  # whether somebody knows
 
-
+# %% ../../nbs/live/00d_news.ipynb #f7e2f3f2
 def idle_after(
     before: Idle,
     wanted: bool,  # whether orders were sent now
@@ -139,15 +144,33 @@ def idle_after(
     return Idle(since_ms, now_ms, before.told or now_ms - since_ms >= limit_ms)
 
 # %% ../../nbs/live/00d_news.ipynb #cc830d31
-WATCHED = "news"  # name of the memory of what was told
-
-
 def decision_news(
     before: Memory,
     decision: Decision,
 ) -> list[News]:
     "What a decision makes true."
     return list(brake_news(before.brakes, decision.memory.brakes, decision.notices, float(decision.equity)))
+
+# %% ../../nbs/live/00d_news.ipynb #a797d31e
+def _idle_news(
+    connection: Connection,
+    before: Idle,
+    may_fill: bool,  # whether orders were sent that could fill
+    hours: int | None,  # `notify.no_trades_hours`; None: it is never told
+    now_ms: int,  # UTC ms
+) -> tuple[Idle, list[News]]:
+    "How long nothing has filled, and that it is too long."
+    if hours is None:
+        return Idle(), []
+    after = idle_after(before, may_fill, last_fill_ms(connection), now_ms, hours * 3_600_000)
+    if before.told or not after.told:
+        return after, []
+    since = format_utc(after.since_ms)
+    text = f"orders are sent since {since} and none has filled; look at their prices, at minima, at the account"
+    return after, [News("WARNING", "no_trades", text, data={"since_ms": after.since_ms})]
+
+# %% ../../nbs/live/00d_news.ipynb #136ba152
+WATCHED = "news"  # name of the memory of what was told
 
 
 def tell_standing(
@@ -161,16 +184,9 @@ def tell_standing(
     "Tell what has begun or ended since the last cycle."
     kept = {"stopped": False, "broken": False, "idle": {}} | (load_memory(connection, WATCHED) or {})
     before, news = Idle(**kept["idle"]), [*stop_news(kept["stopped"], stopped_by), *breaker_news(kept["broken"], broken)]
-    hours = config.notify.no_trades_hours
-    after = Idle()
-    if hours is not None:
-        may_fill = wanted and stopped_by is None and broken is None
-        after = idle_after(before, may_fill, last_fill_ms(connection), now_ms, hours * 3_600_000)
-        if after.told and not before.told:
-            since = format_utc(after.since_ms)
-            text = f"orders are sent since {since} and none has filled; look at their prices, at minima, at the account"
-            news.append(News("WARNING", "no_trades", text, data={"since_ms": after.since_ms}))
-    tell(connection, news, now_ms)
+    may_fill = wanted and stopped_by is None and broken is None
+    after, idle = _idle_news(connection, before, may_fill, config.notify.no_trades_hours, now_ms)
+    tell(connection, [*news, *idle], now_ms)
     now = {"stopped": stopped_by is not None, "broken": broken is not None, "idle": vars(after)}
     if now != kept:
         save_memory(connection, WATCHED, now, now_ms)

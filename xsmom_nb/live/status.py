@@ -81,7 +81,7 @@ def _equity_of(connection: Connection) -> tuple[int | None, Decimal | None, Deci
     newest = connection.execute(sql(query)).one_or_none()
     return (None, None, None) if newest is None else (newest[0], Decimal(newest[1]), Decimal(newest[2]))
 
-
+# %% ../../nbs/live/03_status.ipynb #a83a5816
 def read_standing(
     state: State,
 ) -> Standing:
@@ -107,7 +107,7 @@ class PaperStanding:
     positions: tuple[Position, ...]  # ascending by symbol
     open_orders: tuple[Order, ...]  # ascending by creation
 
-
+# %% ../../nbs/live/03_status.ipynb #7a2a8b4b
 def read_paper(
     config: Config,  # `paper.account_url`, `execution.leverage`
     base: Path | None = None,  # folder that relative paths start from; None: the working folder

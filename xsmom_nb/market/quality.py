@@ -69,6 +69,14 @@ def check_times(
     ]
 
 # %% ../../nbs/market/03_quality.ipynb #1f7dd801
+def _impossible(
+    prices: np.ndarray,  # open, high, low, close, shape (T, 4)
+    volume: np.ndarray,  # base units, shape (T,)
+) -> np.ndarray:  # bool, shape (T,)
+    "Bars with a price that is none, or a volume that is none."
+    return ~((prices.min(axis=1) > 0) & np.isfinite(prices).all(axis=1) & (volume >= 0) & np.isfinite(volume))
+
+# %% ../../nbs/market/03_quality.ipynb #afa1a839
 def check_numbers(
     symbol: str,  # for the findings
     times: np.ndarray,  # int64, open times, UTC ms
@@ -78,7 +86,6 @@ def check_numbers(
     "Checks of prices and volumes of one symbol."
     prices = frame[["open", "high", "low", "close"]].to_numpy(np.float64)
     volume = frame["volume"].to_numpy(np.float64)
-    impossible = ~((prices.min(axis=1) > 0) & np.isfinite(prices).all(axis=1) & (volume >= 0) & np.isfinite(volume))
     outside = (prices[:, 1] < prices.max(axis=1)) | (prices[:, 2] > prices.min(axis=1))
     empty = volume == 0
     share_pct = 100 * empty.mean() if len(empty) else 0.0
@@ -87,7 +94,7 @@ def check_numbers(
     wild = np.flatnonzero(moves > quality.outlier_return) + 1
     largest = f"largest move {100 * moves[wild - 1].max():.0f} %" if wild.size else ""
     return [
-        _finding(symbol, "nonpositive", quality.nonpositive, times[impossible]),
+        _finding(symbol, "nonpositive", quality.nonpositive, times[_impossible(prices, volume)]),
         _finding(symbol, "high_low", quality.high_low, times[outside]),
         _finding(symbol, "zero_volume", quality.zero_volume, times[empty], f"{share_pct:.2f} % of the bars",
                  tolerated=share_pct <= quality.zero_volume_pct),
@@ -131,10 +138,7 @@ class QualityReport:
 
     def frame(self) -> pd.DataFrame:
         "One row a symbol and check: symbol, check, count, first, verdict, detail."
-        table = pd.DataFrame([vars(finding) for finding in self.findings],
-                             columns=["symbol", "check", "count", "first_ms", "verdict", "detail"])
-        table.insert(3, "first", pd.to_datetime(table.pop("first_ms").astype("Int64"), unit="ms", utc=True))
-        return table
+        return _frame(self.findings)
 
     def by_check(self) -> pd.DataFrame:
         "One row a check: symbols concerned, bars concerned, first time, the symbol with most, verdict."
@@ -142,17 +146,19 @@ class QualityReport:
 
     def summary(self) -> str:
         "What was checked and what was found, in one paragraph."
-        parts = [f"{self.dataset}: {len(self.symbols)} symbols, {self.bars:,} bars of {self.timeframe}"]
-        for check, row in self.by_check().iterrows():
-            if row["verdict"] != "ok":
-                parts.append(f"{check} {row['verdict']} ({row['bars']:,} in {row['symbols']} symbols, most in {row['most_in']})")
-        if self.without_funding:
-            parts.append(f"funding unknown and counted as 0 for {len(self.without_funding)}: {', '.join(self.without_funding)}")
-        return "; ".join(parts if len(parts) > 1 else [*parts, "nothing found"])
+        return _summary(self)
 
     def raise_if_refused(self) -> None:
         "Raise `DataError` naming the first refused findings and what to do, if there are any."
         _raise_if_refused(self)
+
+# %% ../../nbs/market/03_quality.ipynb #90309c05
+def _frame(findings: tuple[Finding, ...]) -> pd.DataFrame:
+    "Findings as a table, a row each."
+    columns = ["symbol", "check", "count", "first_ms", "verdict", "detail"]
+    table = pd.DataFrame([vars(finding) for finding in findings], columns=columns)
+    table.insert(3, "first", pd.to_datetime(table.pop("first_ms").astype("Int64"), unit="ms", utc=True))
+    return table
 
 # %% ../../nbs/market/03_quality.ipynb #3f3beead
 def _by_check(
@@ -174,7 +180,24 @@ def _by_check(
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("check")
 
+# %% ../../nbs/market/03_quality.ipynb #20900e05
+def _summary(report: QualityReport) -> str:
+    "What was checked and what was found, in one paragraph."
+    parts = [f"{report.dataset}: {len(report.symbols)} symbols, {report.bars:,} bars of {report.timeframe}"]
+    for check, row in report.by_check().iterrows():
+        if row["verdict"] != "ok":
+            parts.append(f"{check} {row['verdict']} ({row['bars']:,} in {row['symbols']} symbols, most in {row['most_in']})")
+    if (unknown := report.without_funding):
+        parts.append(f"funding unknown and counted as 0 for {len(unknown)}: {', '.join(unknown)}")
+    return "; ".join(parts if len(parts) > 1 else [*parts, "nothing found"])
+
 # %% ../../nbs/market/03_quality.ipynb #e91227ae
+def _in_words(finding: Finding) -> str:
+    "A finding for a message."
+    first = f", first at {format_utc(finding.first_ms)}" if finding.first_ms is not None else ""
+    return f"{finding.symbol} {finding.check}: {finding.count}" + first + (f" ({finding.detail})" if finding.detail else "")
+
+# %% ../../nbs/market/03_quality.ipynb #fb7b2598
 def _raise_if_refused(
     report: QualityReport,  # of a dataset
 ) -> None:
@@ -182,10 +205,7 @@ def _raise_if_refused(
     refused = report.refused
     if not refused:
         return
-    lines = [
-        f"{f.symbol} {f.check}: {f.count}" + (f", first at {format_utc(f.first_ms)}" if f.first_ms is not None else "")
-        + (f" ({f.detail})" if f.detail else "") for f in refused[:5]
-    ]
+    lines = [_in_words(finding) for finding in refused[:5]]
     checks = sorted({f.check for f in refused} - {"readable", "funding"})
     allow = f", or accept it with `--set quality.{checks[0]}='\"report\"'`" if checks else ""
     raise DataError(
@@ -216,26 +236,36 @@ def _last_time(
     return int(times_ms(symbol, frame["timestamp"]).max())
 
 # %% ../../nbs/market/03_quality.ipynb #076ffc98
+def _read_all(
+    store: Store,  # the dataset
+    timeframe: str,  # of the files
+    symbols: tuple[str, ...],
+) -> tuple[dict[str, pd.DataFrame], list[Finding], int]:  # frames by symbol, what cannot be read, the newest time (UTC ms)
+    "Read the bars of a dataset."
+    from concurrent.futures import ThreadPoolExecutor
+
+    frames: dict[str, pd.DataFrame] = {}
+    unreadable: list[Finding] = []
+    newest = 0
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for symbol, job in [(symbol, pool.submit(store.read_bars, symbol, timeframe)) for symbol in symbols]:
+            try:
+                newest = max(newest, _last_time(symbol, job.result()))
+                frames[symbol] = job.result()
+            except DataError as error:
+                unreadable.append(Finding(symbol, "readable", 1, None, "refused", str(error)))
+    return frames, unreadable, newest
+
+# %% ../../nbs/market/03_quality.ipynb #ebcfb98e
 def check_store(
     store: Store,  # the dataset
     timeframe: str,  # of the bars; those it would be made from where there are none
     quality: Quality,  # the config's section
 ) -> QualityReport:  # findings of every symbol
     "Check every bar and funding file that a panel of the timeframe would be read from."
-    from concurrent.futures import ThreadPoolExecutor
-
     source = source_timeframe(store, timeframe)
     symbols, funded = store.symbols(source), set(store.symbols("funding"))
-    frames: dict[str, pd.DataFrame] = {}
-    unreadable: list[Finding] = []
-    newest = 0
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        for symbol, job in [(symbol, pool.submit(store.read_bars, symbol, source)) for symbol in symbols]:
-            try:
-                newest = max(newest, _last_time(symbol, job.result()))
-                frames[symbol] = job.result()
-            except DataError as error:
-                unreadable.append(Finding(symbol, "readable", 1, None, "refused", str(error)))
+    frames, unreadable, newest = _read_all(store, source, symbols)
     findings = [finding for symbol, frame in frames.items() for finding in check_bars(symbol, frame, source, quality, newest)]
     findings += [_check_funding(store, symbol) for symbol in symbols if symbol in funded]
     return QualityReport(

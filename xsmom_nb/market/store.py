@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -23,12 +23,33 @@ if TYPE_CHECKING:
     from xsmom_nb.config import Config
 
 # %% auto #0
-__all__ = ['BAR_COLUMNS', 'FUNDING_COLUMNS', 'KEPT_DAYS', 'Written', 'Store', 'source_timeframe', 'datasets', 'contents',
+__all__ = ['BAR_COLUMNS', 'FUNDING_COLUMNS', 'KEPT_DAYS', 'Written', 'Store', 'datasets', 'source_timeframe', 'contents',
            'prune_before', 'find_data']
 
 # %% ../../nbs/market/01_store.ipynb #84e763d4
 BAR_COLUMNS = ("timestamp", *FIELDS)  # of a bar file
 FUNDING_COLUMNS = ("timestamp", "funding_rate")  # of a funding file
+
+# %% ../../nbs/market/01_store.ipynb #cc4dce5a
+_REMEDY = "import or synchronise it again"  # for a file that cannot be used
+
+
+def _require_columns(
+    path: Path,  # for the message
+    schema: Any,  # of a Parquet file, as pyarrow has it
+    columns: Sequence[str],  # wanted; `timestamp` or float64 each
+) -> None:
+    "Raise `DataError` naming the first column that is missing, or of another kind."
+    import pyarrow as pa
+
+    for name in columns:
+        if name not in schema.names:
+            raise DataError(f"{path}: no column `{name}` among {schema.names}; expected {', '.join(columns)}; {_REMEDY}")
+        kind = schema.field(name).type
+        expected = pa.types.is_timestamp(kind) and kind.tz if name == "timestamp" else pa.types.is_float64(kind)
+        if not expected:
+            wanted = "a timestamp with a time zone" if name == "timestamp" else "double"
+            raise DataError(f"{path}: column `{name}` is {kind}; expected {wanted}; read it with `xsmom data import`")
 
 # %% ../../nbs/market/01_store.ipynb #062e7c2b
 def _read(
@@ -39,25 +60,15 @@ def _read(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    remedy = "import or synchronise it again"
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            schema = file.schema_arrow
-            for name in columns:
-                if name not in schema.names:
-                    wanted = ", ".join(columns)
-                    raise DataError(f"{path}: no column `{name}` among {schema.names}; expected {wanted}; {remedy}")
-                kind = schema.field(name).type
-                expected = pa.types.is_timestamp(kind) and kind.tz if name == "timestamp" else pa.types.is_float64(kind)
-                if not expected:
-                    wanted = "a timestamp with a time zone" if name == "timestamp" else "double"
-                    raise DataError(f"{path}: column `{name}` is {kind}; expected {wanted}; read it with `xsmom data import`")
+            _require_columns(path, file.schema_arrow, columns)
             return file.read(columns=list(columns), use_threads=False).to_pandas(ignore_metadata=True)[list(columns)]
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; expected a Parquet file of {', '.join(columns)}; {remedy}") from error
+        raise DataError(f"{path}: no such file; expected a Parquet file of {', '.join(columns)}; {_REMEDY}") from error
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise DataError(f"{path}: cannot be read ({reason}); expected a whole Parquet file; {remedy}") from error
+        raise DataError(f"{path}: cannot be read ({reason}); expected a whole Parquet file; {_REMEDY}") from error
 
 # %% ../../nbs/market/01_store.ipynb #b3b82140
 def _write(
@@ -203,7 +214,29 @@ def _between(
         inside &= times <= end_ms
     return frame if inside.all() else frame[inside].reset_index(drop=True)
 
+# %% ../../nbs/market/01_store.ipynb #28b7d41f
+def datasets(
+    root: Path,  # a data folder
+) -> list[str]:  # names, ascending
+    "Names of the datasets below a root: the folders that hold bars of some timeframe."
+    return sorted({path.parent.parent.name for name in TIMEFRAMES for path in Path(root).glob(f"*/{name}/[!.]*.parquet")})
+
 # %% ../../nbs/market/01_store.ipynb #2085a671
+def _no_data(
+    store: Store,  # that has no bars at all
+    timeframe: str,  # asked for
+) -> DataError:  # to be raised by the caller
+    "The error for a dataset that is not there: what was expected, and what there is."
+    names, place = datasets(store.root), store.root / store.dataset
+    if any((store.root / name).is_dir() for name in TIMEFRAMES):
+        remedy = f"this looks like a dataset itself: give --data {store.root.parent} and --dataset {store.root.name}"
+    elif names:
+        remedy = f"there are {', '.join(names)}{nearest_name(store.dataset, names)}; choose one with --dataset"
+    else:
+        remedy = "import bars with `xsmom data import` or name another folder with --data"
+    return DataError(f"{place}: no market data of {timeframe}; expected {place / timeframe / '<SYMBOL>.parquet'}; {remedy}")
+
+# %% ../../nbs/market/01_store.ipynb #3884eb92
 def source_timeframe(
     store: Store,  # where to look
     timeframe: str,  # asked for
@@ -214,27 +247,13 @@ def source_timeframe(
     usable = [short for short in present if length % timeframe_ms(short) == 0]
     if usable:
         return usable[-1]
+    if not present:
+        raise _no_data(store, timeframe)
+    there = ", ".join(present)
     place = store.root / store.dataset
-    if present:
-        there = ", ".join(present)
-        raise DataError(f"{place}: no bars of {timeframe}, and none to make them from; there are {there}; choose one")
-    names = datasets(store.root)
-    if any((store.root / name).is_dir() for name in TIMEFRAMES):
-        remedy = f"this looks like a dataset itself: give --data {store.root.parent} and --dataset {store.root.name}"
-    elif names:
-        remedy = f"there are {', '.join(names)}{nearest_name(store.dataset, names)}; choose one with --dataset"
-    else:
-        remedy = "import bars with `xsmom data import` or name another folder with --data"
-    raise DataError(f"{place}: no market data of {timeframe}; expected {place / timeframe / '<SYMBOL>.parquet'}; {remedy}")
+    raise DataError(f"{place}: no bars of {timeframe}, and none to make them from; there are {there}; choose one")
 
-# %% ../../nbs/market/01_store.ipynb #28b7d41f
-def datasets(
-    root: Path,  # a data folder
-) -> list[str]:  # names, ascending
-    "Names of the datasets below a root: the folders that hold bars of some timeframe."
-    return sorted({path.parent.parent.name for name in TIMEFRAMES for path in Path(root).glob(f"*/{name}/[!.]*.parquet")})
-
-# %% ../../nbs/market/01_store.ipynb #a4c655d0
+# %% ../../nbs/market/01_store.ipynb #a5e5b6a2
 def _panel(
     store: Store,  # where from
     timeframe: str,  # of the panel
@@ -243,8 +262,6 @@ def _panel(
     symbols: Sequence[str] | None,  # None: all
 ) -> Panel:  # origin is the dataset's name
     "Read all symbols and their funding into a panel, resampled where needed."
-    from concurrent.futures import ThreadPoolExecutor
-
     source = source_timeframe(store, timeframe)
     known = store.symbols(source)
     for symbol in symbols or ():
@@ -252,17 +269,29 @@ def _panel(
             raise DataError(f"{store.root / store.dataset / source}: no symbol {symbol!r}{nearest_name(symbol, list(known))}")
     wanted = sorted(set(symbols)) if symbols is not None else list(known)
     last_ms = _last_source_open(end_ms, timeframe, source)
-    funded = set(store.symbols("funding"))
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        settled = pool.map(store.read_funding, [symbol for symbol in wanted if symbol in funded])
-        bars = dict(zip(wanted, pool.map(lambda symbol: store.read_bars(symbol, source), wanted), strict=True))
-        funding = dict(zip([symbol for symbol in wanted if symbol in funded], settled, strict=True))
+    bars, funding = _read_all(store, source, wanted)
     inside = {symbol: _between(frame, start_ms, last_ms) for symbol, frame in bars.items()}
     inside = {symbol: frame for symbol, frame in inside.items() if len(frame)}
     if not inside:
         raise _nothing_between(bars, start_ms, end_ms)
     origin = store.dataset if source == timeframe else f"{store.dataset}, {timeframe} from {source}"
     return resample(Panel.from_frames(inside, funding, source, origin), timeframe)
+
+# %% ../../nbs/market/01_store.ipynb #a4c655d0
+def _read_all(
+    store: Store,  # where from
+    timeframe: str,  # of the files
+    symbols: Sequence[str],
+) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:  # bars of each symbol, funding of those that have any
+    "Read whole files of some symbols."
+    from concurrent.futures import ThreadPoolExecutor
+
+    present = set(store.symbols("funding"))
+    funded = [symbol for symbol in symbols if symbol in present]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        settled = pool.map(store.read_funding, funded)
+        bars = dict(zip(symbols, pool.map(lambda symbol: store.read_bars(symbol, timeframe), symbols), strict=True))
+        return bars, dict(zip(funded, settled, strict=True))
 
 # %% ../../nbs/market/01_store.ipynb #e15177a8
 def _last_source_open(

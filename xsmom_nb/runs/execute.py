@@ -142,14 +142,13 @@ def _position(
     done, total = (sum(cell["cell_type"] == "code" for cell in part) for part in (before, cells))
     return done, total, next((match.group(1) for match in found if match), "")
 
-# %% ../../nbs/runs/01_execute.ipynb #3fead442
-def _papermill_engine(
+# %% ../../nbs/runs/01_execute.ipynb #3ccc1bde
+def _saving_manager(
     job: _Job,
-) -> Any:  # a papermill engine class
-    "The engine that executes one job."
+) -> type[Any]:  # a papermill execution manager class
+    "The manager that keeps the notebook of one job, and tells how far it is."
     nbformat = notebook_library()
-    from papermill.clientwrap import PapermillNotebookClient
-    from papermill.engines import Engine, NotebookExecutionManager
+    from papermill.engines import NotebookExecutionManager
 
     class Saving(NotebookExecutionManager):
         "Saves whole files, once before each cell of code, and tells how far it is."
@@ -173,12 +172,22 @@ def _papermill_engine(
             super().cell_complete(cell, cell_index, **keywords)
             self.saves = True
 
+    return Saving
+
+# %% ../../nbs/runs/01_execute.ipynb #3fead442
+def _papermill_engine(
+    job: _Job,
+) -> Any:  # a papermill engine class
+    "The engine that executes one job."
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine
+
     class RunEngine(Engine):
         "Executes in a kernel that is the running interpreter."
 
         @classmethod
         def execute_notebook(cls, nb: Any, kernel_name: str, **_: Any) -> Any:
-            manager = Saving(nb, output_path=str(job.output), progress_bar=False)
+            manager = _saving_manager(job)(nb, output_path=str(job.output), progress_bar=False)
             manager.notebook_start()
             client = PapermillNotebookClient(
                 manager, kernel_name=kernel_name, timeout_func=job.seconds_left, startup_timeout=min(60, job.seconds_left()),
@@ -304,8 +313,7 @@ def secret_values(
     secrets: Secrets,
 ) -> dict[str, str]:  # plain value by variable name; never print these
     "The secrets that are set, by the names under which the environment has them."
-    found = {name.upper(): getattr(secrets, name) for name in type(secrets).model_fields}
-    return {name: secret.get_secret_value() for name, secret in found.items() if secret is not None}
+    return secrets.by_name()
 
 # %% ../../nbs/runs/01_execute.ipynb #292e66c0
 def _keep_page(
@@ -346,14 +354,14 @@ def _conclude(
         raise RunFailed(message, ended, ending.exit_status or 1)
     return ended
 
-# %% ../../nbs/runs/01_execute.ipynb #1847414b
+# %% ../../nbs/runs/01_execute.ipynb #511b3e16
 def _known_secrets(config: Config, project: Path) -> dict[str, str]:
     "All that must not be found in a run: keys, and the addresses of routes."
     addresses = load_addresses([route.url_from for route in config.notify.routes], project / ".env")
     return {**{name: secret.get_secret_value() for name, secret in addresses.items()},
             **secret_values(load_secrets(project / ".env"))}
 
-
+# %% ../../nbs/runs/01_execute.ipynb #1847414b
 def keep_run(
     kind: str,  # under which it is filed, as in "backtest"
     parameters: Mapping[str, Any],  # validated

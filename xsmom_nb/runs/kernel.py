@@ -23,15 +23,6 @@ from .progress import NOTE
 __all__ = ['imports_of', 'early_lines', 'Kernel', 'started_kernel']
 
 # %% ../../nbs/runs/00f_kernel.ipynb #8dba61f6
-def imports_of(
-    notebook: Path,
-) -> str:  # Python; empty where there is none
-    "The source of those cells of a notebook that only import."
-    cells = json.loads(notebook.read_bytes())["cells"]
-    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    return "\n".join(source for source in sources if _only_imports(source))
-
-
 def _only_imports(source: str) -> bool:
     "Whether there are imports in a source, and nothing else."
     try:
@@ -39,6 +30,15 @@ def _only_imports(source: str) -> bool:
     except SyntaxError:  # magics
         return False
     return bool(statements) and all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in statements)
+
+# %% ../../nbs/runs/00f_kernel.ipynb #8a611338
+def imports_of(
+    notebook: Path,
+) -> str:  # Python; empty where there is none
+    "The source of those cells of a notebook that only import."
+    cells = json.loads(notebook.read_bytes())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return "\n".join(source for source in sources if _only_imports(source))
 
 # %% ../../nbs/runs/00f_kernel.ipynb #d49e0a23
 def early_lines(
@@ -123,7 +123,7 @@ class Kernel:
         "The end of what the process wrote by itself."
         return self.log.read_text(errors="replace")[-500:].strip()
 
-
+# %% ../../nbs/runs/00f_kernel.ipynb #18550e3f
 @contextmanager
 def started_kernel(
     notebook: Path,  # whose imports it makes at once

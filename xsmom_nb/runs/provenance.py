@@ -43,7 +43,7 @@ def _git(
 # %% ../../nbs/runs/00a_provenance.ipynb #95f3a502
 CODE_FOLDERS = ("nbs", "xsmom_nb", "scheduled", "configs")
 
-
+# %% ../../nbs/runs/00a_provenance.ipynb #3b56e753
 def _working_patch(
     project: Path,  # folder of the working tree
 ) -> str | None:  # empty when the tree is clean; None when git cannot tell
@@ -65,7 +65,7 @@ def _working_patch(
 # %% ../../nbs/runs/00a_provenance.ipynb #5fad0f1d
 RELEASE_FILE = "release.json"  # beside configs, state and runs of an installation
 
-
+# %% ../../nbs/runs/00a_provenance.ipynb #a67466d7
 def _released(
     path: Path,  # of the description
 ) -> Git:
@@ -83,6 +83,18 @@ def _released(
 PATCH_LIMIT_BYTES = 1_000_000
 
 
+def _patch_note(
+    patch: str | None,  # None: git could not tell
+    limit_bytes: int,  # the longest patch that is kept
+) -> str | None:  # None: it is kept
+    "Why a patch is not kept, and what to do about it."
+    if patch is None:
+        return "git could not write the changes as text; commit them before a run that must be rebuilt"
+    if (size := len(patch.encode())) > limit_bytes:
+        return f"the changes are {size:,} bytes, more than {limit_bytes:,}; commit them before such a run"
+    return None
+
+# %% ../../nbs/runs/00a_provenance.ipynb #697e7fbf
 def git_state(
     project: Path,  # folder of the working tree
     limit_bytes: int = PATCH_LIMIT_BYTES,  # the longest patch that is kept
@@ -95,11 +107,7 @@ def git_state(
         inside = _git(project, "rev-parse", "--is-inside-work-tree") is not None
         return Git(dirty=inside, patch_note="nothing was committed yet" if inside else None)
     patch = _working_patch(project)
-    note = None
-    if patch is None:
-        note = "git could not write the changes as text; commit them before a run that must be rebuilt"
-    elif len(patch.encode()) > limit_bytes:
-        note = f"the changes are {len(patch.encode()):,} bytes, more than {limit_bytes:,}; commit them before such a run"
+    note = _patch_note(patch, limit_bytes)
     kept = patch if patch and note is None else None
     return Git(commit=commit.strip(), dirty=patch != "", patch=kept, patch_note=note)
 
@@ -127,6 +135,14 @@ def platform_name() -> str:  # as in "Linux-x86_64-glibc2.36"
     return "-".join(part for part in (platform.system(), platform.machine(), "".join(platform.libc_ver())) if part)
 
 # %% ../../nbs/runs/00a_provenance.ipynb #84d8b842
+def _package_version() -> str | None:
+    "The installed version of our package; None in a tree that was never installed."
+    try:
+        return importlib.metadata.version("xsmom_nb")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+# %% ../../nbs/runs/00a_provenance.ipynb #affb8fef
 def collect_provenance(
     project: Path,  # folder of the working tree
     notebook: Path | None,  # the scheduled notebook; None: the run executes none
@@ -134,19 +150,14 @@ def collect_provenance(
 ) -> Provenance:
     "Everything that stands behind a run that starts now."
     lock = project / "requirements.lock"
-    versions = library_versions()
-    try:
-        package_version = importlib.metadata.version("xsmom_nb")
-    except importlib.metadata.PackageNotFoundError:
-        package_version = None
     return Provenance(
         git=git_state(project),
-        package_version=package_version,
+        package_version=_package_version(),
         code_digest=source_digest(),
         notebook_digest=sha256_file(notebook) if notebook else None,
         config_digest=config_digest(config),
         lock_digest=sha256_file(lock) if lock.is_file() else None,
         python=platform.python_version(),
         platform=platform_name(),
-        libraries=versions,
+        libraries=library_versions(),
     )

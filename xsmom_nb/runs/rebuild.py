@@ -23,15 +23,19 @@ from .record import Manifest
 __all__ = ['run_git', 'rebuilt_code', 'ask_code']
 
 # %% ../../nbs/runs/03b_rebuild.ipynb #0b9eedee
+def _git_environment(folder: Path) -> dict[str, str]:
+    "The environment in which git looks at a folder and nowhere above it."
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    return environment | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0", "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
+
+# %% ../../nbs/runs/03b_rebuild.ipynb #89f5e909
 def run_git(
     folder: Path,  # where
     *arguments: str,
     given: bytes = b"",  # its standard input
 ) -> bytes:  # what it wrote
     "Run git; raises `RunError` with what it said."
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    environment |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0", "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
-    command = ["git", "-C", str(folder), *arguments]
+    command, environment = ["git", "-C", str(folder), *arguments], _git_environment(folder)
     try:
         return subprocess.run(command, env=environment, input=given, capture_output=True, check=True, timeout=120).stdout
     except subprocess.CalledProcessError as error:
@@ -52,6 +56,21 @@ def _require_rebuildable(manifest: Manifest) -> str:
     return git.commit
 
 # %% ../../nbs/runs/03b_rebuild.ipynb #33af5730
+def _unpack(
+    top: Path,  # of the repository
+    manifest: Manifest,
+    commit: str,
+    prefix: str,  # of the project in the repository, with a slash at its end; empty: it is the repository
+    place: Path,  # an empty folder
+) -> None:
+    "Lay the package of a commit, and the changes kept with a run, into a folder."
+    archive = run_git(top, "archive", "--format=tar", commit, "--", f"{prefix}xsmom_nb")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(place, filter="data")
+    if manifest.git.patch:
+        run_git(place, "apply", f"--include={prefix}xsmom_nb/*", given=manifest.git.patch.encode())
+
+# %% ../../nbs/runs/03b_rebuild.ipynb #cd74928a
 @contextmanager
 def rebuilt_code(
     manifest: Manifest,  # of the run
@@ -61,12 +80,8 @@ def rebuilt_code(
     commit = _require_rebuildable(manifest)
     top = Path(run_git(project, "rev-parse", "--show-toplevel").decode().strip())
     prefix = run_git(project, "rev-parse", "--show-prefix").decode().strip()
-    archive = run_git(top, "archive", "--format=tar", commit, "--", f"{prefix}xsmom_nb")
     with tempfile.TemporaryDirectory(prefix="xsmom-code-") as name:
-        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-            tar.extractall(name, filter="data")
-        if manifest.git.patch:
-            run_git(Path(name), "apply", f"--include={prefix}xsmom_nb/*", given=manifest.git.patch.encode())
+        _unpack(top, manifest, commit, prefix, Path(name))
         place = Path(name) / prefix
         if (digest := source_digest(place / "xsmom_nb")) != manifest.code_digest:
             raise IntegrityError(f"run {manifest.run_id}: commit {commit[:12]} and the kept changes give code {digest[:12]}…, "

@@ -24,7 +24,7 @@ __all__ = ['ACCOUNTS', 'account_config', 'begin_anew', 'Reached', 'state_exists'
 # %% ../../nbs/runs/07_rehearsal.ipynb #36a527f6
 ACCOUNTS = "state/accounts"  # below the working tree
 
-
+# %% ../../nbs/runs/07_rehearsal.ipynb #0ca3031a
 def account_config(
     config: Config,
     name: str,  # of a simulated account
@@ -61,7 +61,7 @@ class Reached:
     row_ms: int | None = None  # open time of the last row decided, UTC ms; None: none yet
     time_ms: int | None = None  # up to when the exchange has followed it, UTC ms
 
-
+# %% ../../nbs/runs/07_rehearsal.ipynb #ccd3dee2
 def state_exists(
     url: str,  # of a database
     project: Path,  # where relative paths start
@@ -91,6 +91,26 @@ def reached_by(
     return Reached(row_ms, read_paper(config, project).reached_ms)
 
 # %% ../../nbs/runs/07_rehearsal.ipynb #1abfd5ae
+def _require_possible(
+    rows: range,  # open times of the bars to be decided on, UTC ms
+    earliest: int,  # the account can go on from here, UTC ms
+    lag: int,  # from a bar's open to its cycle, ms
+    calendar: Panel,
+) -> None:
+    "Raise `RefusedError` before the account's time, `UsageError` without data."
+    first, last, opens = rows[0], rows[-1], calendar.open_time_ms
+    until = f"s from {format_utc(first + lag)} to {format_utc(last + lag)}" if len(rows) > 1 else f" at {format_utc(first + lag)}"
+    said = f"{len(rows):,} cycle{until}"
+    if first < earliest:
+        stands = format_utc(-(-earliest // rows.step) * rows.step + lag)
+        raise RefusedError(f"{said}: the account has come further, its next cycle is at {stands}; leave --start out to go on "
+                           "there, or begin the account anew with --fresh")
+    if first < int(opens[0]) or last > int(opens[-1]):
+        span = f"{format_utc(int(opens[0]) + lag)} to {format_utc(int(opens[-1]) + lag)}"
+        raise UsageError(f"{said}: the data of {calendar.origin} has cycles from {span}; ask for fewer, choose another --start, "
+                         "or begin the account anew with --fresh")
+
+# %% ../../nbs/runs/07_rehearsal.ipynb #db4dd570
 def simulated_times(
     config: Config,  # `live.rebalance_minute`, `optimizer.holdout_start`
     calendar: Panel,  # whose times are those of the data
@@ -106,15 +126,6 @@ def simulated_times(
     if start_ms is None and reached == Reached():
         wanted = min(int(opens[-1]), holdout - 1) // step * step - (cycles - 1) * step
     first = -(-wanted // step) * step
-    last = first + (cycles - 1) * step
-    until = f"s from {format_utc(first + lag)} to {format_utc(last + lag)}" if cycles > 1 else f" at {format_utc(first + lag)}"
-    said = f"{cycles:,} cycle{until}"
-    if first < earliest:
-        stands = format_utc(-(-earliest // step) * step + lag)
-        raise RefusedError(f"{said}: the account has come further, its next cycle is at {stands}; leave --start out to go on "
-                           "there, or begin the account anew with --fresh")
-    if first < int(opens[0]) or last > int(opens[-1]):
-        span = f"{format_utc(int(opens[0]) + lag)} to {format_utc(int(opens[-1]) + lag)}"
-        raise UsageError(f"{said}: the data of {calendar.origin} has cycles from {span}; ask for fewer, choose another --start, "
-                         "or begin the account anew with --fresh")
-    return [row + lag for row in range(first, last + 1, step)]
+    rows = range(first, first + cycles * step, step)
+    _require_possible(rows, earliest, lag, calendar)
+    return [row + lag for row in rows]

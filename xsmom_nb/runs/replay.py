@@ -81,7 +81,7 @@ def _short(value: Any) -> str:
     most = 12 if re.fullmatch("[0-9a-f]{64}", text) else 120
     return f"{text[:most]}…" if len(text) > most else text
 
-
+# %% ../../nbs/runs/04_replay.ipynb #9273d3ed
 def summary(
     replay: Replay,
 ) -> list[str]:  # lines; the first says it all
@@ -114,7 +114,7 @@ def changed_surroundings(
 # %% ../../nbs/runs/04_replay.ipynb #4f8b19c6
 Decide = Callable[[Snapshot, Memory, Config], Decision]
 
-
+# %% ../../nbs/runs/04_replay.ipynb #d5c99239
 def _differs(decide: Decide, case: Case, config: Config) -> Difference | None:
     "Decide a case again; the first difference, None when there is none."
     row = format_utc(case.snapshot.row_ms)
@@ -149,6 +149,9 @@ def _replay_decisions(
     return count, equal, first
 
 # %% ../../nbs/runs/04_replay.ipynb #bba94ff8
+DATA_FACTS = ("files", "origin", "panel_digest", "symbols", "timeframe", "holdout")
+
+
 def _read_data(
     place: Path,  # inputs/data.json
 ) -> dict[str, Any]:
@@ -160,9 +163,6 @@ def _read_data(
     except (OSError, ValueError, KeyError, UsageError) as error:
         expected = ", ".join([*DATA_FACTS, "start", "end"])
         raise RunError(f"{place}: cannot be read ({error!r}); expected {expected}, as a backtest notes them") from error
-
-
-DATA_FACTS = ("files", "origin", "panel_digest", "symbols", "timeframe", "holdout")
 
 # %% ../../nbs/runs/04_replay.ipynb #15ac7e71
 def _require_same_data(
@@ -191,7 +191,7 @@ def _synthetic_market(timeframe: str, symbols: list[str]) -> Panel:
     hourly = timeframe_ms(timeframe) % 3_600_000 == 0
     return (resample(synthetic_panel(), timeframe) if hourly else synthetic_panel(timeframe=timeframe)).select(symbols)
 
-
+# %% ../../nbs/runs/04_replay.ipynb #f485c1a9
 def _panel_again(
     data: Mapping[str, Any],  # inputs/data.json
     place: Path,  # where that is
@@ -210,38 +210,48 @@ def _panel_again(
                         f"{str(data['panel_digest'])[:12]}…; files were added to the data, or the code that reads it was changed")
     return panel
 
-# %% ../../nbs/runs/04_replay.ipynb #ad60feb8
+# %% ../../nbs/runs/04_replay.ipynb #e371a436
 TABLES = ("targets", "weights", "equity", "trades")  # of a backtest, causes first
 
 
+def _compare_tables(
+    folder: RunFolder,
+    again: RunFolder,  # the same, made now
+) -> tuple[set[int], list[Difference]]:  # bars that differ, and the first difference of each table
+    "Compare the tables of two backtests."
+    import pandas as pd
+
+    bad: set[int] = set()
+    found: list[Difference] = []
+    for table in TABLES:
+        old, new = (pd.read_parquet(each.path / f"outputs/{table}.parquet") for each in (folder, again))
+        rows, first = table_difference(table, old, new)
+        bad |= rows if table != "trades" else set()
+        found += [first] if first else []
+    return bad, found
+
+# %% ../../nbs/runs/04_replay.ipynb #026c52c7
 def _replay_backtest(
     folder: RunFolder,
 ) -> tuple[int, int, Difference | None]:  # bars, how many are equal, the first difference
     "Backtest again what a run backtested."
-    import pandas as pd
-
     from xsmom_nb.backtest.vector import backtest
 
     data = _read_data(folder.path / "inputs/data.json")
     panel = _panel_again(data, folder.path / "inputs/data.json")
     result = backtest(panel, folder.config, data["start_ms"], data["end_ms"], data["holdout"])
-    bad: set[int] = set()
-    found: list[Difference] = []
     with tempfile.TemporaryDirectory(prefix="xsmom-replay-") as name:
         again = RunFolder(Path(name))
         for table in TABLES:
             again.write_frame(table, getattr(result, table))
-            old, new = (pd.read_parquet(each.path / f"outputs/{table}.parquet") for each in (folder, again))
-            rows, first = table_difference(table, old, new)
-            bad |= rows if table != "trades" else set()
-            found += [first] if first else []
+        bad, found = _compare_tables(folder, again)
         again.write_metrics(result.metrics)
         metrics = first_difference(*(json.loads((each.path / "outputs/metrics.json").read_bytes()) for each in (folder, again)))
     found += [Difference(None, f"metrics.{metrics[0]}", *metrics[1:])] if metrics else []
     first = min(found, key=lambda each: each.time or "9", default=None)
     return len(result.equity), len(result.equity) - len(bad), first
 
-# %% ../../nbs/runs/04_replay.ipynb #f485c1a9
+# %% ../../nbs/runs/04_replay.ipynb #07b804fd
 _PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -249,7 +259,7 @@ from xsmom_nb.runs.replay import replay_run
 print(json.dumps(replay_run(Path(sys.argv[1])).as_json()))
 """
 
-
+# %% ../../nbs/runs/04_replay.ipynb #47ee9589
 def _replay_at_run(
     folder: Path,  # of the run
     manifest: Manifest,
@@ -265,13 +275,13 @@ def _replay_at_run(
 class NothingToReplay(RunError):
     "A run that holds no question and answer, and is not expected to."
 
-
+# %% ../../nbs/runs/04_replay.ipynb #249d63f7
 ANSWERS = {  # kinds of runs that can be replayed, and the files with their answers
     "live_cycle": (DECISION,), "live": (DECISIONS,),
     "backtest": (*(f"outputs/{table}.parquet" for table in TABLES), "outputs/metrics.json"),
 }
 
-
+# %% ../../nbs/runs/04_replay.ipynb #cc7789fd
 def _require_replayable(folder: Path) -> Manifest:
     "The manifest of a run that can be replayed; raises `UsageError`, `RunError` or `IntegrityError`."
     run, kind = folder.name, folder.parent.name

@@ -20,6 +20,11 @@ __all__ = ['KILLED', 'tell_ended']
 KILLED = "ended without sealing the run"  # in the error of a run whose process is gone
 
 
+def _was_wanted(status: str, why: str) -> bool:
+    "Whether a run that did not succeed was stopped by somebody."
+    return status != "failed" and KILLED not in why
+
+# %% ../../nbs/runs/00a2_told.ipynb #cdc6e48e
 def tell_ended(
     connection: Connection,  # inside the transaction in which the store learns of the run
     manifest: Mapping[str, Any],  # of a sealed run, as JSON
@@ -31,7 +36,7 @@ def tell_ended(
     why = " ".join((manifest["error"] or "it does not say why").split())
     text = f"{manifest['kind']} run {manifest['run_id']}"
     data = {"run": manifest["kind"], "run_id": manifest["run_id"], "outcome": "bad"}
-    if manifest["status"] == "failed" or KILLED in why:
-        emit(connection, now_ms, "ERROR", "run_failed", f"{text} failed: {why[:500]}", data=data)
-    else:
+    if _was_wanted(manifest["status"], why):
         emit(connection, now_ms, "WARNING", "run_aborted", f"{text} was stopped: {why[:500]}", data=data)
+    else:
+        emit(connection, now_ms, "ERROR", "run_failed", f"{text} failed: {why[:500]}", data=data)

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import RunError
 from ..files import locked, sha256_file
 from .chain import Entry, entry_digest, parse_entry, read_chain, run_folders, sealed_content, signature_holds
-from .record import is_running, read_manifest, run_files
+from .record import FileRecord, is_running, read_manifest, run_files
 from ..state import ChainHead, State
 
 # %% auto #0
@@ -92,6 +92,18 @@ def _walk(
         before = entry
     return links
 
+# %% ../../nbs/runs/00c_verify.ipynb #be7e826e
+def _gap(
+    entry: Entry,
+    before: Entry | None,  # the entry before it; None: it is the first
+) -> str | None:  # what is wrong; None: nothing
+    "Whether an entry follows the one before it."
+    previous, length = (before.digest, before.length + 1) if before else (None, 1)
+    if entry.previous == previous and entry.length == length:
+        return None
+    missing = entry.length - length
+    return f"{missing} line(s) before it are missing" if missing > 0 else "it was written after another one"
+
 # %% ../../nbs/runs/00c_verify.ipynb #eb6b4ab3
 def _check_entry(
     entry: Entry,
@@ -104,11 +116,8 @@ def _check_entry(
     "Check one entry of the chain and add what it says to `links`."
     if entry.digest != entry_digest(entry.model_dump(mode="json")):
         found.broken(place, f"was changed, its digest is not {entry.digest[:12]}…", entry.run_id)
-    previous, length = (before.digest, before.length + 1) if before else (None, 1)
-    if before_known and (entry.previous != previous or entry.length != length):
-        missing = entry.length - length
-        cut = f"{missing} line(s) before it are missing" if missing > 0 else "it was written after another one"
-        found.broken(place, f"does not follow the line before it: {cut}", entry.run_id)
+    if before_known and (gap := _gap(entry, before)) is not None:
+        found.broken(place, f"does not follow the line before it: {gap}", entry.run_id)
     links.digests.append(entry.digest)
     if entry.entry == "run":
         if entry.run_id in links.entries:
@@ -140,6 +149,19 @@ def _check_end(
         found.notes.append(f"the state store is {behind} entries behind the chain, as after a crash; the next run mends that")
 
 # %% ../../nbs/runs/00c_verify.ipynb #437e8b40
+def _check_signature(
+    content: Mapping[str, Any],  # of a manifest that matches its own digest
+    trusted_key: str | None,  # public key that signatures must be of; None: whatever key the manifest names
+) -> str | None:  # what is wrong; None: nothing
+    "Whether a manifest that is signed is signed by whom it should be."
+    signer, signature = content.get("signed_by"), content.get("signature")
+    if (signer or signature) and not signature_holds(signer or "", content["digest"], signature or ""):
+        return "its signature does not hold"
+    if signer and trusted_key and signer != trusted_key:
+        return f"was signed with another key: {signer[:12]}…, expected {trusted_key[:12]}…"
+    return None
+
+# %% ../../nbs/runs/00c_verify.ipynb #1e767856
 def _check_manifest(
     folder: Path,  # of the run
     entry: Entry,  # its line in the chain
@@ -160,13 +182,22 @@ def _check_manifest(
     if before is not None and previous != {"run_id": before.run_id, "digest": before.manifest}:
         named = previous["run_id"] if previous else "no run"
         found.broken(place, f"names {named} as the run before it; the chain has {before.run_id} there", entry.run_id)
-    signer, signature = content.get("signed_by"), content.get("signature")
-    if (signer or signature) and not signature_holds(signer or "", content["digest"], signature or ""):
-        found.report(place, "its signature does not hold", entry.run_id)
-    elif signer and trusted_key and signer != trusted_key:
-        found.report(place, f"was signed with another key: {signer[:12]}…, expected {trusted_key[:12]}…", entry.run_id)
+    if (fault := _check_signature(content, trusted_key)) is not None:
+        found.report(place, fault, entry.run_id)
 
 # %% ../../nbs/runs/00c_verify.ipynb #42a50019
+def _check_file(
+    path: Path,
+    kept: FileRecord,  # what the manifest says of it
+) -> str | None:  # what is wrong; None: nothing
+    "Whether a file that is there is the one that was sealed."
+    if path.stat().st_size != kept.size:
+        return f"was changed: {path.stat().st_size:,} bytes, sealed with {kept.size:,}"
+    if (digest := sha256_file(path)) != kept.sha256:
+        return f"was changed: its digest is {digest[:12]}…, sealed as {kept.sha256[:12]}…"
+    return None
+
+# %% ../../nbs/runs/00c_verify.ipynb #168eab2c
 def _check_files(
     folder: Path,  # of the run
     removed: Mapping[str, str],  # pruned files and their digests
@@ -185,10 +216,8 @@ def _check_files(
                 found.report(f"{place}/{name}", "is missing, and was not pruned", run_id)
             continue
         found.files += 1
-        if path.stat().st_size != kept.size:
-            found.report(f"{place}/{name}", f"was changed: {path.stat().st_size:,} bytes, sealed with {kept.size:,}", run_id)
-        elif (digest := sha256_file(path)) != kept.sha256:
-            found.report(f"{place}/{name}", f"was changed: its digest is {digest[:12]}…, sealed as {kept.sha256[:12]}…", run_id)
+        if (fault := _check_file(path, kept)) is not None:
+            found.report(f"{place}/{name}", fault, run_id)
     for path in run_files(folder):
         if (name := path.relative_to(folder).as_posix()) not in listed:
             found.report(f"{place}/{name}", "does not belong to the run, its manifest does not list it", run_id)
@@ -214,6 +243,18 @@ def _check_run(
         except RunError:
             found.notes.append(f"{place}: its files could not be checked, because its manifest cannot be read")
 
+# %% ../../nbs/runs/00c_verify.ipynb #1e49c522
+def _judge_stranger(folder: Path, has_manifest: bool, found: Verification) -> None:
+    "Say what a folder is that the chain does not know."
+    place = f"{folder.parent.name}/{folder.name}"
+    if has_manifest:
+        found.report(place, "has a manifest but no line in the chain; it was put there or its line was deleted "
+                     "(after a crash between the two, the next run adds the line)", folder.name)
+    elif is_running(folder):
+        found.notes.append(f"{place} is running")
+    else:
+        found.notes.append(f"{place} was killed; the next run seals it as aborted")
+
 # %% ../../nbs/runs/00c_verify.ipynb #bfebbdc1
 def verify(
     root: Path,  # folder of all runs
@@ -238,18 +279,6 @@ def verify(
     for folder, has_manifest in strangers.items():
         _judge_stranger(folder, has_manifest, found)
     return found
-
-# %% ../../nbs/runs/00c_verify.ipynb #1e49c522
-def _judge_stranger(folder: Path, has_manifest: bool, found: Verification) -> None:
-    "Say what a folder is that the chain does not know."
-    place = f"{folder.parent.name}/{folder.name}"
-    if has_manifest:
-        found.report(place, "has a manifest but no line in the chain; it was put there or its line was deleted "
-                     "(after a crash between the two, the next run adds the line)", folder.name)
-    elif is_running(folder):
-        found.notes.append(f"{place} is running")
-    else:
-        found.notes.append(f"{place} was killed; the next run seals it as aborted")
 
 # %% ../../nbs/runs/00c_verify.ipynb #4499246e
 def chain_entries(

@@ -39,6 +39,7 @@ def momentum_row(
 REBUILD_BARS = 256
 DWARFS = 10.0  # a square this many times the sum that stays: a return of some thirty deviations
 
+# %% ../../nbs/strategy/01_momentum.ipynb #5aef7c73
 @stage
 def _rebuild(
     returns: np.ndarray,  # shape (T, N)
@@ -78,6 +79,7 @@ def slide_sums(
 # %% ../../nbs/strategy/01_momentum.ipynb #1969d93c
 VOLATILITY_FLOOR = 1e-8  # below it nothing moved; a division by it would be a division by rounding errors
 
+# %% ../../nbs/strategy/01_momentum.ipynb #85144f13
 @stage
 def volatility_row(
     sums: np.ndarray,  # sum and sum of squares of the window, shape (2, N)
@@ -119,6 +121,7 @@ def mean_and_variance(
 # %% ../../nbs/strategy/01_momentum.ipynb #e21cd0a7
 MIN_DEVIATION = 1e-12  # a row that spreads less has no winners
 
+# %% ../../nbs/strategy/01_momentum.ipynb #58f7f5d2
 @stage
 def zscore_row(
     values: np.ndarray,  # shape (N,)

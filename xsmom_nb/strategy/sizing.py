@@ -17,6 +17,7 @@ from .sums import moments
 SIGNAL_INVERSE_VOL, INVERSE_VOL, EQUAL = 0, 1, 2
 WEIGHTINGS = {"signal_inverse_vol": SIGNAL_INVERSE_VOL, "inverse_vol": INVERSE_VOL, "equal": EQUAL}
 
+# %% ../../nbs/strategy/04_sizing.ipynb #ecd2f08e
 @stage
 def raw_weights(
     names: np.ndarray,  # chosen columns, shape (M,)
