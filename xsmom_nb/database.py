@@ -211,7 +211,7 @@ def _read_mark(
     query = "PRAGMA application_id" if connection.dialect.name == "sqlite" else comment
     return int(connection.exec_driver_sql(query).scalar() or 0)
 
-
+# %% ../nbs/10_database.ipynb #1a77a7e4
 def _write_mark(
     connection: Connection,  # inside a writing transaction, the tables are there
     mark: int,
@@ -220,7 +220,7 @@ def _write_mark(
     comment = f"COMMENT ON TABLE schema_version IS '{mark}'"
     connection.exec_driver_sql(f"PRAGMA application_id={mark}" if connection.dialect.name == "sqlite" else comment)
 
-
+# %% ../nbs/10_database.ipynb #3a6bc705
 def _require_own(
     found: int,  # the mark that was read
     mark: int,  # ours
@@ -335,6 +335,18 @@ def open_database(
     return database
 
 # %% ../nbs/10_database.ipynb #9a33bb19
+@functools.cache
+def _row_kind(description: tuple[tuple[Any, ...], ...]) -> Any:
+    "A tuple with the columns of a description as attributes."
+    return namedtuple("Row", [column[0] for column in description], rename=True)
+
+# %% ../nbs/10_database.ipynb #1475109f
+class _Column(list[Any]):
+    "The values of one column."
+
+    all = list.copy
+
+# %% ../nbs/10_database.ipynb #f1e99018
 class _Answer:
     "What a statement gave: rows with named columns, read once."
 
@@ -378,18 +390,6 @@ class _Answer:
         "Rows as dicts."
         return [row._asdict() for row in self.all()]
 
-
-class _Column(list[Any]):
-    "The values of one column."
-
-    all = list.copy
-
-
-@functools.cache
-def _row_kind(description: tuple[tuple[Any, ...], ...]) -> Any:
-    "A tuple with the columns of a description as attributes."
-    return namedtuple("Row", [column[0] for column in description], rename=True)
-
 # %% ../nbs/10_database.ipynb #2f43a7cd
 class _MemoryConnection:
     "A database in memory, as much of a connection as this project uses."
@@ -414,7 +414,7 @@ class _MemoryConnection:
         "Forget everything."
         self._raw.close()
 
-# %% ../nbs/10_database.ipynb #6a9879a7
+# %% ../nbs/10_database.ipynb #9141b8e4
 class _Reading:
     "A look at a database in memory; nobody else can change it meanwhile."
 
@@ -433,7 +433,7 @@ class _Reading:
     def __exit__(self, *exception: object) -> None:
         return None
 
-
+# %% ../nbs/10_database.ipynb #cf105d94
 class _Writing(_Reading):
     "A transaction in memory: all of it, or nothing."
 
@@ -446,7 +446,7 @@ class _Writing(_Reading):
     def __exit__(self, *exception: object) -> None:
         self._connection.exec_driver_sql("COMMIT" if exception[0] is None else "ROLLBACK")
 
-
+# %% ../nbs/10_database.ipynb #47fbb2da
 class _MemoryEngine:
     "A database in memory, as much of an engine as `Database` uses."
 
