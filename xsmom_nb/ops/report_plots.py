@@ -82,6 +82,8 @@ def plot_days(
     won = int((days["pnl"] > 0).sum())
     axes.set(ylabel="USDT", title=f"Result by day: {days['pnl'].sum():+,.2f}, {won} of {len(days)} days won")
     _date_axis(axes)
+    if len(days) <= 8:
+        axes.set_xticks(days.index, [f"{day:%d %b}" for day in days.index])
 
 # %% ../../nbs/ops/27_report_plots.ipynb #11a36754
 SHOWN = 8  # symbols at each end
