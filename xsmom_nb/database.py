@@ -275,7 +275,7 @@ def _parse(
     if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
         raise ConfigError(f"{key} {shown!r}: {expected}, was {parsed.drivername}")
     if parsed.drivername != "sqlite" and find_spec("psycopg") is None:
-        raise ConfigError(f"{key} {shown!r}: the package psycopg is needed for it: pip install 'xsmom_nb[distributed]'")
+        raise ConfigError(f"{key} {shown!r}: the package psycopg is needed for it, of the extra `distributed`")
     return parsed
 
 # %% ../nbs/10_database.ipynb #982915c9
